@@ -1,0 +1,22 @@
+// What every CPU kernel shares: the raw-buffer convention and the function multi-versioning macro.
+//
+// A kernel receives addresses as integers (torch.Tensor.data_ptr()), sizes and a thread count. The Python launcher
+// beside it has checked dtype, device, shape and contiguity; nothing here allocates a tensor or knows torch.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+namespace py = pybind11;
+
+// Compile a function for several instruction sets and choose at load time, so that one build runs everywhere.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#define FASTRCNN_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FASTRCNN_CLONES
+#endif
+
+template <typename T>
+inline T* as_pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
