@@ -1,0 +1,224 @@
+"""The box head of Fast R-CNN: sampling of proposals, features, classification and class-specific boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastrcnn_kernels as kernels
+from fastrcnn.conventions import Convention
+from fastrcnn.models.layers import NormFactory, at_least_float32, make_fc, normal_init
+from fastrcnn.models.pooler import Pooler
+from fastrcnn.structures import BoxList, ImageList, Proposals, Targets
+
+SAMPLING_STREAM = 2
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class SampledBoxes:
+    """The balanced sample of proposals that the heads train on, S slots an image: positives, negatives, padding.
+
+    Attributes:
+        boxes: float [N, S, 4].
+        labels: int64 [N, S]: the class of the matched ground truth, 0 for background, IGNORED where padded.
+        matched_idxs: int64 [N, S]: index of the matched ground truth; 0 where not positive.
+        num_positive, num_sampled: int64 [N].
+        max_positive: most positives an image can have (a host integer); slots beyond it are never positive.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    matched_idxs: Tensor
+    num_positive: Tensor
+    num_sampled: Tensor
+    max_positive: int
+
+    def _before(self, count: Tensor) -> Tensor:
+        return torch.arange(self.labels.shape[1], device=self.labels.device) < count[:, None]
+
+    @property
+    def positive(self) -> Tensor:
+        """bool [N, S]."""
+        return self._before(self.num_positive)
+
+    @property
+    def valid(self) -> Tensor:
+        """bool [N, S]."""
+        return self._before(self.num_sampled)
+
+
+class FPN2MLPFeatureExtractor(nn.Module):
+    """Pooled features through two linear layers with ReLU."""
+
+    def __init__(self, in_channels: int, pooler: Pooler, hidden: int, norm: NormFactory | None = None) -> None:
+        super().__init__()
+        self.pooler = pooler
+        self.fc6 = make_fc(in_channels * pooler.resolution**2, hidden, norm)
+        self.fc7 = make_fc(hidden, hidden, norm)
+        self.out_channels = hidden
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
+        """[N * R, hidden] for boxes [N, R, 4]."""
+        x = self.pooler(features, boxes, valid).flatten(1)
+        return F.relu(self.fc7(F.relu(self.fc6(x))))
+
+
+class FPNPredictor(nn.Module):
+    """Linear layers to class logits and box deltas; ``num_box_classes`` is 2 when boxes are class agnostic."""
+
+    def __init__(self, in_channels: int, num_classes: int, num_box_classes: int) -> None:
+        super().__init__()
+        self.cls_score = nn.Linear(in_channels, num_classes)
+        self.bbox_pred = nn.Linear(in_channels, num_box_classes * 4)
+        normal_init(self.cls_score, std=0.01)
+        normal_init(self.bbox_pred, std=0.001)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cls_score(x), self.bbox_pred(x)
+
+
+class BoxHead(nn.Module):
+    """Sampling, features, prediction, losses and detections.
+
+    Args (``MODEL.ROI_HEADS.*``): thresholds and sample of the training, ``score_thresh``, ``nms_thresh`` and
+    ``detections_per_image`` of the test; ``bbox_reg_weights`` scale the deltas.
+    """
+
+    def __init__(
+        self,
+        feature_extractor: nn.Module,
+        predictor: nn.Module,
+        convention: Convention,
+        *,
+        fg_iou_threshold: float = 0.5,
+        bg_iou_threshold: float = 0.5,
+        batch_size_per_image: int = 512,
+        positive_fraction: float = 0.25,
+        bbox_reg_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0),
+        class_agnostic: bool = False,
+        score_thresh: float = 0.05,
+        nms_thresh: float = 0.5,
+        detections_per_image: int = 100,
+    ) -> None:
+        super().__init__()
+        self.feature_extractor = feature_extractor
+        self.predictor = predictor
+        self.convention = convention
+        self.fg_iou_threshold, self.bg_iou_threshold = fg_iou_threshold, bg_iou_threshold
+        self.batch_size_per_image, self.positive_fraction = batch_size_per_image, positive_fraction
+        self.bbox_reg_weights, self.class_agnostic = bbox_reg_weights, class_agnostic
+        self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
+        self.detections_per_image = detections_per_image
+
+    @torch.no_grad()
+    def sample(self, proposals: Proposals, targets: Targets, seeds: Tensor) -> SampledBoxes:
+        """Match proposals to the ground truth and draw the balanced sample."""
+        gt_boxes = targets.boxes.to(proposals.boxes.dtype)
+        matched = kernels.match_boxes(
+            gt_boxes,
+            targets.count,
+            proposals.boxes,
+            high_threshold=self.fg_iou_threshold,
+            low_threshold=self.bg_iou_threshold,
+            allow_low_quality_matches=False,
+            box_offset=self.convention.box_offset,
+        )  # [N, P]
+        kind = torch.where(matched >= 0, 1, torch.where(matched == -1, 0, -1))
+        kind = torch.where(proposals.valid, kind, -1)
+        indices, num_positive, num_sampled = kernels.sample_balanced(
+            kind, self.batch_size_per_image, self.positive_fraction, seeds
+        )  # [N, S], [N], [N]
+        slot = torch.arange(indices.shape[1], device=indices.device)
+        positive = slot < num_positive[:, None]
+        indices = indices.clamp(min=0)
+        matched_idxs = torch.where(positive, matched.gather(1, indices), 0)
+        labels = torch.where(positive, targets.labels.gather(1, matched_idxs), 0)
+        return SampledBoxes(
+            boxes=proposals.boxes.gather(1, indices[..., None].expand(-1, -1, 4)),
+            labels=torch.where(slot < num_sampled[:, None], labels, IGNORED),
+            matched_idxs=matched_idxs,
+            num_positive=num_positive,
+            num_sampled=num_sampled,
+            max_positive=min(int(self.batch_size_per_image * self.positive_fraction), indices.shape[1]),
+        )
+
+    def forward_train(
+        self, features: Sequence[Tensor], sampled: SampledBoxes, targets: Targets
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The features of the sampled boxes and the losses ``loss_classifier`` and ``loss_box_reg``."""
+        x = self.feature_extractor(features, sampled.boxes, sampled.valid)
+        class_logits, box_regression = self.predictor(x)
+        return x, self.losses(class_logits, box_regression, sampled, targets)
+
+    def losses(
+        self, class_logits: Tensor, box_regression: Tensor, sampled: SampledBoxes, targets: Targets
+    ) -> dict[str, Tensor]:
+        """Cross entropy and smooth L1 of the matched class's box, both divided by the number of sampled boxes.
+
+        Args:
+            class_logits: [N * S, classes]. box_regression: [N * S, 4 * box classes].
+        """
+        labels, positive = sampled.labels.flatten(), sampled.positive.flatten()
+        normaliser = sampled.num_sampled.sum().clamp(min=1)
+        with torch.no_grad():
+            gt_boxes = targets.boxes.gather(1, sampled.matched_idxs[..., None].expand(-1, -1, 4))
+            regression_targets = kernels.encode_boxes(
+                gt_boxes, sampled.boxes, self.bbox_reg_weights, box_offset=self.convention.box_offset
+            ).flatten(0, 1)  # [N * S, 4]
+            box_class = torch.ones_like(labels) if self.class_agnostic else labels.clamp(min=0)
+            columns = 4 * box_class[:, None] + torch.arange(4, device=labels.device)  # [N * S, 4]
+        classifier_loss = F.cross_entropy(at_least_float32(class_logits), labels, ignore_index=IGNORED, reduction="sum")
+        predicted = at_least_float32(box_regression.gather(1, columns))
+        box_loss = kernels.smooth_l1_loss(predicted, regression_targets, beta=self.convention.box_beta)
+        return {
+            "loss_classifier": classifier_loss / normaliser,
+            "loss_box_reg": torch.where(positive[:, None], box_loss, 0).sum() / normaliser,
+        }
+
+    def forward_test(
+        self, features: Sequence[Tensor], proposals: Proposals, images: ImageList
+    ) -> tuple[Tensor, list[BoxList]]:
+        """Box features [N * P, ...] and the detections of each image, best first; waits for the device."""
+        x = self.feature_extractor(features, proposals.boxes, proposals.valid)
+        class_logits, box_regression = self.predictor(x)
+        probabilities = at_least_float32(class_logits).softmax(-1)
+        if self.class_agnostic:
+            box_regression = box_regression[:, -4:]
+        boxes = kernels.decode_boxes(
+            at_least_float32(box_regression),
+            proposals.boxes.flatten(0, 1),
+            self.bbox_reg_weights,
+            box_offset=self.convention.box_offset,
+            clip=self.convention.delta_clip,
+        )
+        if self.class_agnostic:
+            boxes = boxes.repeat(1, probabilities.shape[1])
+        capacity = proposals.boxes.shape[1]
+        detections = []
+        for image, (count, size) in enumerate(zip(proposals.count.tolist(), images.image_sizes, strict=True)):
+            rows = slice(image * capacity, image * capacity + count)
+            detections.append(self._detect(boxes[rows], probabilities[rows], size))
+        return x, detections
+
+    def _detect(self, boxes: Tensor, probabilities: Tensor, size: tuple[int, int]) -> BoxList:
+        """Detections of one image from boxes [P, 4 * classes] and probabilities [P, classes]; background is column 0.
+
+        As many as ``detections_per_image``; more where the last one's score is tied (maskrcnn-benchmark's rule).
+        """
+        height, width = size
+        proposal, label = (probabilities[:, 1:] > self.score_thresh).nonzero(as_tuple=True)
+        label = label + 1
+        scores = probabilities[proposal, label]
+        boxes = boxes.view(len(boxes), probabilities.shape[1], 4)[proposal, label]
+        boxes = kernels.clip_boxes_to_image(boxes, size, box_offset=self.convention.box_offset)
+        keep = kernels.batched_nms(boxes, scores, label, self.nms_thresh, box_offset=self.convention.box_offset)
+        scores = scores[keep]  # in decreasing order
+        if 0 < self.detections_per_image < len(keep):
+            keep = keep[: int((scores >= scores[self.detections_per_image - 1]).sum())]
+            scores = scores[: len(keep)]
+        return BoxList(boxes[keep], (width, height), labels=label[keep], scores=scores)

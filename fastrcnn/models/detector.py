@@ -1,0 +1,99 @@
+"""The two-stage detector: Faster R-CNN, Mask R-CNN, or a region proposal network alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import fastrcnn_kernels as kernels
+from fastrcnn.models import box_head, rpn
+from fastrcnn.models.box_head import BoxHead
+from fastrcnn.models.mask_head import MaskHead
+from fastrcnn.models.rpn import RPN
+from fastrcnn.structures import BoxList, ImageList, Targets
+
+
+class GeneralizedRCNN(nn.Module):
+    """Backbone, RPN and heads; state-dict names are maskrcnn-benchmark's.
+
+    In training, ``model(images, targets)`` gives a dict of scalar losses. In evaluation, ``model(images)`` gives a
+    BoxList an image, in the frame of the network's input (resized, before padding): boxes, labels, scores and, with a
+    mask head, mask probabilities [n, 1, M, M].
+
+    The random samples of training depend on (seed, step, image id) and on nothing else. :meth:`set_sampling` sets seed
+    and step; every training forward advances the step by one.
+
+    Args:
+        backbone: images to feature levels.
+        rpn: the proposals.
+        box: None trains and tests the RPN alone.
+        mask: optional; needs ``box``.
+    """
+
+    sampling_seed: Tensor
+    sampling_step: Tensor
+
+    def __init__(self, backbone: nn.Module, rpn: RPN, box: BoxHead | None = None, mask: MaskHead | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.rpn = rpn
+        heads: dict[str, nn.Module] = {}
+        if box is not None:
+            heads["box"] = box
+        if mask is not None:
+            if box is None:
+                raise ValueError("a mask head needs a box head")
+            heads["mask"] = mask
+        self.roi_heads = nn.ModuleDict(heads)
+        self.register_buffer("sampling_seed", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("sampling_step", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def set_sampling(self, seed: int, step: int) -> None:
+        """Set the state of the random samples; the same state, images and weights give the same losses."""
+        self.sampling_seed.fill_(seed)
+        self.sampling_step.fill_(step)
+
+    def _seeds(self, images: ImageList, stream: int) -> Tensor:
+        return kernels.image_seeds(self.sampling_seed, self.sampling_step, images.ids, stream)
+
+    def forward(
+        self, images: ImageList, targets: Sequence[BoxList] | Targets | None = None
+    ) -> dict[str, Tensor] | list[BoxList]:
+        if self.training:
+            if targets is None:
+                raise ValueError("in training mode the model needs targets: model(images, targets)")
+            if not isinstance(targets, Targets):
+                # Polygons live on the host, so a list of BoxLists is padded there; a loader hands over Targets.
+                targets = Targets.from_boxlists([t.to("cpu") for t in targets]).to(images.tensors.device)
+            return self.forward_train(images, targets)
+        return self.forward_test(images)
+
+    def forward_train(self, images: ImageList, targets: Targets) -> dict[str, Tensor]:
+        features = self.backbone(images.tensors)
+        proposals, losses = self.rpn(
+            images, features, targets, self._seeds(images, rpn.SAMPLING_STREAM), with_proposals="box" in self.roi_heads
+        )
+        if proposals is not None:
+            box: BoxHead = self.roi_heads["box"]  # type: ignore[assignment]
+            sampled = box.sample(proposals, targets, self._seeds(images, box_head.SAMPLING_STREAM))
+            _, box_losses = box.forward_train(features, sampled, targets)
+            losses |= box_losses
+            if "mask" in self.roi_heads:
+                mask: MaskHead = self.roi_heads["mask"]  # type: ignore[assignment]
+                losses |= mask.forward_train(features, sampled, targets)
+        self.sampling_step += 1
+        return losses
+
+    def forward_test(self, images: ImageList) -> list[BoxList]:
+        features = self.backbone(images.tensors)
+        proposals, _ = self.rpn(images, features)
+        if "box" not in self.roi_heads:
+            return proposals.to_boxlists(images.image_sizes)
+        box: BoxHead = self.roi_heads["box"]  # type: ignore[assignment]
+        _, detections = box.forward_test(features, proposals, images)
+        if "mask" in self.roi_heads:
+            mask: MaskHead = self.roi_heads["mask"]  # type: ignore[assignment]
+            detections = mask.forward_test(features, detections)
+        return detections

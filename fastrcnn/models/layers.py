@@ -1,0 +1,97 @@
+"""Layers that the backbone and the heads share: normalisation, initialised convolutions and linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+NormFactory = Callable[[int], nn.Module]
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation whose statistics and affine parameters are fixed buffers.
+
+    scale = weight / sqrt(running_var + eps). maskrcnn-benchmark uses eps 0 (Caffe2 weights have the statistics folded
+    in and a variance of 1); detectron2 uses 1e-5.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_features: int, eps: float = 0.0) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}"
+
+
+def group_norm_factory(num_groups: int = 32, dim_per_group: int = -1, eps: float = 1e-5) -> NormFactory:
+    """GroupNorm (Wu & He, 2018) for a channel count: ``num_groups`` groups, or groups of ``dim_per_group`` channels."""
+
+    def make(channels: int) -> nn.Module:
+        groups = channels // dim_per_group if dim_per_group > 0 else num_groups
+        if groups < 1 or channels % groups:
+            raise ValueError(
+                f"GroupNorm: {channels} channels do not divide into {groups} groups; "
+                "choose MODEL.GROUP_NORM.NUM_GROUPS or DIM_PER_GP to fit"
+            )
+        return nn.GroupNorm(groups, channels, eps)
+
+    return make
+
+
+def frozen_batch_norm_factory(eps: float = 0.0) -> NormFactory:
+    return lambda channels: FrozenBatchNorm2d(channels, eps)
+
+
+def conv_kaiming_uniform(in_channels: int, out_channels: int, kernel_size: int, **kwargs: int | bool) -> nn.Conv2d:
+    """A convolution initialised as Caffe2's XavierFill: kaiming_uniform(a=1), zero bias."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, **kwargs)  # type: ignore[arg-type]
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+def conv_kaiming_normal(in_channels: int, out_channels: int, kernel_size: int, **kwargs: int | bool) -> nn.Conv2d:
+    """A convolution initialised as Caffe2's MSRAFill: kaiming_normal(fan_out, relu), zero bias."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, **kwargs)  # type: ignore[arg-type]
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+def make_fc(in_features: int, out_features: int, norm: NormFactory | None = None) -> nn.Module:
+    """A linear layer initialised with kaiming_uniform(a=1); with a norm: no bias, then the norm."""
+    fc = nn.Linear(in_features, out_features, bias=norm is None)
+    nn.init.kaiming_uniform_(fc.weight, a=1)
+    if norm is None:
+        nn.init.zeros_(fc.bias)
+        return fc
+    return nn.Sequential(fc, norm(out_features))
+
+
+def normal_init(layer: nn.Conv2d | nn.Linear, std: float) -> None:
+    nn.init.normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Losses and boxes are computed in float32, or in float64 where the model runs in it."""
+    return x if x.dtype == torch.float64 else x.float()

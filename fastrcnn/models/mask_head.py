@@ -1,0 +1,136 @@
+"""The mask head of Mask R-CNN (He et al., 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastrcnn_kernels as kernels
+from fastrcnn.models.box_head import SampledBoxes
+from fastrcnn.models.layers import NormFactory, at_least_float32, conv_kaiming_normal
+from fastrcnn.models.pooler import Pooler
+from fastrcnn.structures import BoxList, Targets
+
+
+class MaskRCNNFPNFeatureExtractor(nn.Module):
+    """Pooled features through 3x3 convolutions with ReLU: ``mask_fcn1`` ... in the state dict."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        pooler: Pooler,
+        layers: Sequence[int] = (256, 256, 256, 256),
+        *,
+        dilation: int = 1,
+        norm: NormFactory | None = None,
+    ) -> None:
+        super().__init__()
+        self.pooler = pooler
+        self.names = [f"mask_fcn{index}" for index in range(1, len(layers) + 1)]
+        channels = in_channels
+        for name, out_channels in zip(self.names, layers, strict=True):
+            conv = conv_kaiming_normal(
+                channels, out_channels, 3, padding=dilation, dilation=dilation, bias=norm is None
+            )
+            self.add_module(name, nn.Sequential(conv, norm(out_channels)) if norm else conv)
+            channels = out_channels
+        self.out_channels = channels
+
+    def forward(self, features: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """[K, C, M, M] for rois [K, 5]."""
+        x = self.pooler.pool(features, rois)
+        for name in self.names:
+            x = F.relu(self.get_submodule(name)(x))
+        return x
+
+
+class MaskRCNNC4Predictor(nn.Module):
+    """A transposed convolution that doubles the side, ReLU, and a 1x1 convolution to one mask a class."""
+
+    def __init__(self, in_channels: int, hidden: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv5_mask = nn.ConvTranspose2d(in_channels, hidden, 2, stride=2)
+        self.mask_fcn_logits = nn.Conv2d(hidden, num_classes, 1)
+        for layer in (self.conv5_mask, self.mask_fcn_logits):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mask_fcn_logits(F.relu(self.conv5_mask(x)))
+
+
+class MaskHead(nn.Module):
+    """Features, prediction, loss and mask probabilities.
+
+    Args:
+        resolution: side of the mask targets (``MODEL.ROI_MASK_HEAD.RESOLUTION``).
+        positives_only: run on the real positives, whose number is read from the device. Right on a CPU, where reading
+            costs nothing and the padded slots would cost most of the head. False keeps every shape static: the head
+            runs on the most positives the sample can hold, and the losses are the same.
+    """
+
+    def __init__(
+        self, feature_extractor: nn.Module, predictor: nn.Module, *, resolution: int, positives_only: bool
+    ) -> None:
+        super().__init__()
+        self.feature_extractor = feature_extractor
+        self.predictor = predictor
+        self.resolution = resolution
+        self.positives_only = positives_only
+
+    def forward_train(self, features: Sequence[Tensor], sampled: SampledBoxes, targets: Targets) -> dict[str, Tensor]:
+        """``loss_mask``: binary cross entropy of the matched class's mask, mean over the pixels of the positives."""
+        slots = slice(0, sampled.max_positive)
+        positive = sampled.positive[:, slots]  # [N, M]
+        boxes, labels = sampled.boxes[:, slots], sampled.labels[:, slots]
+        image = torch.arange(len(boxes), device=boxes.device)[:, None].expand(positive.shape)
+        instance = image * targets.labels.shape[1] + sampled.matched_idxs[:, slots]
+        instance = torch.where(positive, instance, -1).flatten()
+        rois = torch.cat([torch.where(positive, image, -1).to(boxes.dtype)[..., None], boxes], dim=-1).flatten(0, 1)
+        labels = torch.where(positive, labels, 0).flatten()
+        positive = positive.flatten()
+        if self.positives_only:
+            real = positive.nonzero().squeeze(1)
+            rois, labels, instance, positive = rois[real], labels[real], instance[real], positive[real]
+
+        with torch.no_grad():
+            mask_targets = kernels.mask_targets(
+                targets.vertices,
+                targets.polygon_offsets,
+                targets.instance_offsets,
+                instance,
+                rois[:, 1:].to(targets.vertices.dtype),
+                self.resolution,
+                max_vertices=targets.max_vertices,
+                max_polygons=targets.max_polygons,
+            )  # [K, M, M]
+        logits = self.predictor(self.feature_extractor(features, rois))
+        logits = at_least_float32(_select_class(logits, labels))  # [K, M, M]
+        loss = F.binary_cross_entropy_with_logits(logits, mask_targets.to(logits.dtype), reduction="none")
+        normaliser = sampled.num_positive.sum().clamp(min=1) * self.resolution**2
+        return {"loss_mask": torch.where(positive[:, None, None], loss, 0).sum() / normaliser}
+
+    def forward_test(self, features: Sequence[Tensor], detections: Sequence[BoxList]) -> list[BoxList]:
+        """The detections with ``masks``: probabilities [n, 1, M, M] of the predicted class, in the box's frame."""
+        counts = [len(detection) for detection in detections]
+        boxes = torch.cat([detection.boxes for detection in detections])
+        image = torch.repeat_interleave(
+            torch.arange(len(counts), device=boxes.device), torch.tensor(counts, device=boxes.device)
+        )
+        labels = torch.cat([d.labels for d in detections if d.labels is not None])
+        x = self.feature_extractor(features, torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1))
+        probabilities = at_least_float32(_select_class(self.predictor(x), labels)).sigmoid()[:, None]
+        return [
+            replace(detection, masks=masks)
+            for detection, masks in zip(detections, probabilities.split(counts), strict=True)
+        ]
+
+
+def _select_class(logits: Tensor, labels: Tensor) -> Tensor:
+    """[K, M, M]: the channel ``labels`` [K] of ``logits`` [K, classes, M, M]."""
+    index = labels[:, None, None, None].expand(-1, 1, *logits.shape[2:])
+    return logits.gather(1, index).squeeze(1)
