@@ -1,0 +1,99 @@
+"""Every Triton kernel, with the constants it is launched with, compiles for sm_80, sm_90 and sm_100 without spills."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from tests.kernels.compile_for_gpu import REGISTER_LIMIT, SHARED_LIMIT, published
+
+PROGRAM = Path(__file__).with_name("compile_for_gpu.py")
+CASES = published()
+
+
+@pytest.fixture(scope="session")
+def compiled() -> dict[tuple[str, str, int], dict[str, Any]]:
+    """All cases for all architectures, compiled once in a Python of their own."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, str(PROGRAM)], capture_output=True, text=True, env=environment, timeout=550)
+    assert run.returncode == 0, run.stderr[-4000:]
+    results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    return {(r["module"], r["label"], r["sm"]): r for r in results}
+
+
+@pytest.mark.parametrize("sm", sorted(SHARED_LIMIT))
+@pytest.mark.parametrize(("module", "index", "label"), CASES, ids=[f"{m}-{label}" for m, _, label in CASES])
+def test_compiles_without_spills(compiled: Any, module: str, index: int, label: str, sm: int) -> None:
+    result = compiled[module, label, sm]
+    assert "error" not in result, result["error"]
+    assert result["stack"] == 0, f"spills: {result['stack']} bytes of stack at {result['registers']} registers"
+    assert result["local"] == 0, f"spills: {result['local']} bytes of local memory"
+    assert result["registers"] <= REGISTER_LIMIT
+    assert result["shared"] <= result["shared_limit"], f"shared memory: {result['shared']} bytes"
+
+
+def test_every_kernel_is_published() -> None:
+    """A ``@triton.jit`` function that is launched but not in COMPILE_CASES would never be compiled before a GPU sees it.
+
+    Device functions are called by kernels and compiled with them; by habit of this package only kernels are named
+    ``*_kernel``.
+    """
+    package = importlib.import_module("fastrcnn_kernels.triton")
+    absent = []
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        cases = getattr(module, "COMPILE_CASES", ())
+        names = {case.kernel.__name__ for case in cases}
+        kernels = {name for name in vars(module) if name.endswith("_kernel")}
+        absent += [f"{info.name}.{name}" for name in sorted(kernels - names)]
+    assert not absent, f"not in COMPILE_CASES: {absent}"
+
+
+def test_labels_are_unique() -> None:
+    keys = [(module, label) for module, _, label in CASES]
+    assert len(set(keys)) == len(keys), f"two cases of one module share a label: {sorted(keys)}"
+
+
+def test_a_spilling_kernel_is_caught(tmp_path: Path) -> None:
+    """The test must be able to fail: a kernel that cannot fit its registers is reported with a stack."""
+    source = tmp_path / "spilling.py"
+    source.write_text(
+        "import sys, pathlib\n"
+        f"sys.path.insert(0, {str(PROGRAM.parent.parent.parent)!r})\n"
+        "import types, triton, triton.language as tl\n"
+        "from fastrcnn_kernels.triton._launch import CompileCase\n"
+        "from tests.kernels import compile_for_gpu\n"
+        "@triton.jit\n"
+        "def greedy_kernel(x_ptr, out_ptr, n: tl.constexpr):\n"
+        "    offsets = tl.arange(0, n)[:, None] * n + tl.arange(0, n)[None, :]\n"
+        "    x = tl.load(x_ptr + offsets)\n"
+        "    tl.debug_barrier()\n"
+        "    y = tl.load(x_ptr + offsets + n * n)\n"
+        "    tl.debug_barrier()\n"
+        "    tl.store(out_ptr + offsets, x * tl.sum(y, 0)[None, :] + y * tl.sum(x, 1)[:, None])\n"
+        "module = types.ModuleType('fastrcnn_kernels.triton.spilling')\n"
+        "module.COMPILE_CASES = [CompileCase('greedy', greedy_kernel, {'x_ptr': '*fp32', 'out_ptr': '*fp32'},"
+        " {'n': 256}, {'num_warps': 4})]\n"
+        "sys.modules[module.__name__] = module\n"
+        "import os, tempfile, json\n"
+        "folder = tempfile.mkdtemp(dir=pathlib.Path(__file__).parent)\n"
+        "os.environ['TRITON_CACHE_DIR'] = folder\n"
+        "result = compile_for_gpu.compile_case(('spilling', 0, 'greedy', 90, folder))\n"
+        "result.pop('ptx', None)\n"
+        "print(json.dumps(result))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, str(source)], capture_output=True, text=True, env=environment, timeout=300)
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert "error" not in result, result
+    assert result["stack"] > 0, f"expected spills: {result}"
