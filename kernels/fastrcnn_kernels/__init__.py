@@ -1,14 +1,35 @@
 """Operators for two-stage detectors."""
+
 from fastrcnn_kernels._library import backend_report, get_backend, set_backend
+from fastrcnn_kernels.anchors import anchors_inside_image, cell_anchors, grid_anchors
+from fastrcnn_kernels.box_coder import decode_boxes, encode_boxes
+from fastrcnn_kernels.boxes import box_area, box_iou, clip_boxes_to_image, is_large_enough, remove_small_boxes
+from fastrcnn_kernels.losses import smooth_l1_loss
+from fastrcnn_kernels.matcher import match_boxes
 from fastrcnn_kernels.roi_align import MultiScaleRoIAlign, RoIAlign, assign_levels, multiscale_roi_align, roi_align
+from fastrcnn_kernels.sampler import image_seeds, sample_balanced
 
 __all__ = [
     "MultiScaleRoIAlign",
     "RoIAlign",
+    "anchors_inside_image",
     "assign_levels",
     "backend_report",
+    "box_area",
+    "box_iou",
+    "cell_anchors",
+    "clip_boxes_to_image",
+    "decode_boxes",
+    "encode_boxes",
     "get_backend",
+    "grid_anchors",
+    "image_seeds",
+    "is_large_enough",
+    "match_boxes",
     "multiscale_roi_align",
+    "remove_small_boxes",
     "roi_align",
+    "sample_balanced",
     "set_backend",
+    "smooth_l1_loss",
 ]

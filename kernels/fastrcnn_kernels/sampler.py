@@ -1,0 +1,136 @@
+"""Balanced sampling of positives and negatives with a counter-based random generator.
+
+maskrcnn-benchmark draws ``randperm(n)[:k]`` of the positives and of the negatives of each image, which needs their
+indices and counts on the host. Here entry i of an image has a random 32-bit key that is a function of
+(seed of the image, i) alone, and the sample is the k entries with the smallest keys: the same law, no host
+synchronisation, and one draw whatever the device, the number of images in the batch, or the padding behind the
+entries. The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_ABSENT = torch.iinfo(torch.int64).max
+
+Word = Tensor | int
+
+
+def philox4x32(
+    counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word], *, rounds: int = _ROUNDS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32: four random 32-bit words for each counter.
+
+    Args:
+        counter: four 32-bit words, each an int64 tensor or a Python int in [0, 2**32); they broadcast.
+        key: two 32-bit words, likewise. At least one of the six must be a tensor.
+        rounds: 10 is the published, Crush-resistant number.
+
+    Returns:
+        Four int64 tensors with values in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        # int64 products wrap, and >> copies the sign: the low 64 bits are right all the same, and the mask drops
+        # the copies. The low halves need no mask of their own here: they only meet an xor before the next one.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c2 = ((product1 >> 32) ^ (c1 ^ k0)) & _WORD, ((product0 >> 32) ^ (c3 ^ k1)) & _WORD
+        c1, c3 = product1, product0
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return c0, c1 & _WORD, c2, c3 & _WORD  # type: ignore[return-value]
+
+
+def image_seeds(seed: int | Tensor, step: int | Tensor, image_ids: Tensor, stream: int) -> Tensor:
+    """A seed for each image of a batch, a function of (seed, step, image, stream) and of nothing else.
+
+    Args:
+        seed: of the run; a Python int or an int64 tensor with no dimensions, 64 bits used.
+        step: of the training, likewise, 32 bits used. A tensor may live on the device and is not read on the host.
+        image_ids: int64 [N], any numbers that tell the images of the data set apart.
+        stream: tells the uses of one image in one step apart (RPN, box head), 32 bits used.
+
+    Returns:
+        int64 [N], uniform over all 64-bit values.
+    """
+    key = (seed & _WORD, (seed >> 32) & _WORD)
+    counter = (image_ids & _WORD, (image_ids >> 32) & _WORD, step & _WORD, stream & _WORD)
+    low, high, _, _ = philox4x32(counter, key)  # [N] each
+    return low | (high << 32)  # [N]
+
+
+def random_keys(seeds: Tensor, count: int) -> Tensor:
+    """The sampler's random keys: entry i takes word i % 4 of Philox4x32-10 at counter (i // 4, 0, 0, 0).
+
+    Args:
+        seeds: int64 [N], the Philox keys.
+        count: number of entries A of each image.
+
+    Returns:
+        int64 [N, A] with values in [0, 2**32).
+    """
+    counter = torch.arange((count + 3) // 4, device=seeds.device)  # [ceil(A / 4)]
+    key = ((seeds & _WORD).unsqueeze(1), ((seeds >> 32) & _WORD).unsqueeze(1))  # [N, 1] each
+    words = philox4x32((counter, 0, 0, 0), key)  # [N, ceil(A / 4)] each
+    return torch.stack(words, dim=-1).flatten(1)[:, :count]  # [N, A]
+
+
+def _smallest(keys: Tensor, count: int) -> Tensor:
+    """The ``count`` smallest of each row in ascending order, padded with ``_ABSENT``."""
+    found = keys.topk(min(count, keys.shape[-1]), largest=False, sorted=True).values  # [..., min(count, A)]
+    return torch.nn.functional.pad(found, (0, count - found.shape[-1]), value=_ABSENT)  # [..., count]
+
+
+def sample_balanced(
+    labels: Tensor, batch_size_per_image: int, positive_fraction: float, seeds: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw positives and negatives of each image at random, without replacement.
+
+    ``num_pos = min(#positives, int(B * positive_fraction))`` and ``num_neg = min(#negatives, B - num_pos)``, as in
+    maskrcnn-benchmark's BalancedPositiveNegativeSampler; each subset of that size is equally likely (up to
+    collisions of 32-bit keys, which the lower index wins).
+
+    Args:
+        labels: integer [N, A]: >= 1 positive, 0 negative, < 0 ignored.
+        batch_size_per_image: B.
+        positive_fraction: largest fraction of positives.
+        seeds: int64 [N], from ``image_seeds``.
+
+    Returns:
+        ``indices`` int64 [N, B]: the positives, then the negatives, each in random order, then -1;
+        ``num_pos`` int64 [N]; ``num_sampled`` int64 [N], positives and negatives together.
+    """
+    if labels.dim() != 2 or labels.is_floating_point():
+        raise ValueError(f"labels must be integers of the shape [N, A], got {labels.dtype} {list(labels.shape)}")
+    if seeds.shape != labels.shape[:1]:
+        raise ValueError(f"seeds must have the shape [{labels.shape[0]}], got {list(seeds.shape)}")
+    if batch_size_per_image < 0 or not 0 <= positive_fraction <= 1:
+        raise ValueError(
+            f"batch_size_per_image must be >= 0 and positive_fraction in [0, 1], "
+            f"got {batch_size_per_image} and {positive_fraction}"
+        )
+    size = batch_size_per_image
+    most_positives = int(size * positive_fraction)
+    num_images, num_entries = labels.shape
+    positive, negative = labels >= 1, labels == 0  # [N, A]
+    num_pos = positive.sum(dim=1).clamp(max=most_positives)  # [N]
+    num_neg = torch.minimum(negative.sum(dim=1), size - num_pos)  # [N]
+
+    # Key and index in one number: the order is total, and topk brings the index along.
+    index = torch.arange(num_entries, device=labels.device)  # [A]
+    keys = (random_keys(seeds, num_entries) << 31) | index  # [N, A]
+    positives = _smallest(torch.where(positive, keys, _ABSENT), most_positives)  # [N, most_positives]
+    negatives = _smallest(torch.where(negative, keys, _ABSENT), size)  # [N, B]
+
+    slot = torch.arange(size, device=labels.device).expand(num_images, size)  # [N, B]
+    is_pos = slot < num_pos.unsqueeze(1)  # [N, B]
+    source = torch.where(is_pos, slot, most_positives + slot - num_pos.unsqueeze(1))  # [N, B]
+    drawn = torch.cat([positives, negatives], dim=1).gather(1, source) & 0x7FFFFFFF  # [N, B]
+    num_sampled = num_pos + num_neg  # [N]
+    indices = torch.where(slot < num_sampled.unsqueeze(1), drawn, -1)  # [N, B]
+    return indices, num_pos, num_sampled
