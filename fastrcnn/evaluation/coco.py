@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def evaluate_coco(
         results = _load_results(kind, source, truth, known, name)
         if kind == "segm":
             _require_shapes(truth, set(chosen), name)
-        evaluation = _quietly(lambda kind=kind, results=results: _run_pycocotools(kind, truth, results, chosen))
+        evaluation = _quietly(partial(_run_pycocotools, kind, truth, results, chosen))
         stats[kind] = dict(zip(STATS, (float(value) for value in evaluation.stats), strict=True))
         per_class[kind] = _per_class_ap(evaluation, truth["categories"])
     return CocoResults(stats, per_class)
