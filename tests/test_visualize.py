@@ -149,7 +149,7 @@ def test_draw_ground_truth_smallest_on_top(plates: list) -> None:
     assert tuple(pixels[109, 60]) == class_color(1)
     assert [text for text, _ in plates] == ["cat", "dog"]
     double = draw_ground_truth(np.repeat(np.repeat(image(), 2, 0), 2, 1), target, NAMES)
-    assert tuple(np.asarray(double)[101, 117]) == class_color(2), "boxes and masks follow the image's size"
+    assert tuple(np.asarray(double)[120, 119]) == class_color(2), "boxes and masks follow the image's size"
 
 
 def test_class_color_distinct() -> None:

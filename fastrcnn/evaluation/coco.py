@@ -92,9 +92,10 @@ def masks_to_rle(
     """
     mask_probs = mask_probs.detach().reshape(len(boxes), *mask_probs.shape[-2:])
     encoded = []
-    for probs, box in zip(mask_probs.split(1), boxes.detach().split(1), strict=True):
-        pasted = paste_masks(probs, box, image_size, threshold=threshold, padding=padding)[0]
-        encoded.append(encode_mask(pasted))
+    for i in range(len(boxes)):
+        one = slice(i, i + 1)
+        pasted = paste_masks(mask_probs[one], boxes[one].detach(), image_size, threshold=threshold, padding=padding)
+        encoded.append(encode_mask(pasted[0]))
     return encoded
 
 
@@ -320,7 +321,17 @@ def _checked_rle(rle: Any, image: Mapping[str, Any], at: str) -> dict[str, Any]:
             f"{at}: mask of {size[0]} x {size[1]} (height x width) for image {image['id']} of {height} x {width}"
         )
     counts = rle["counts"]
-    return coco_mask.frPyObjects(dict(rle), *size) if isinstance(counts, list) else {"size": size, "counts": counts}
+    if isinstance(counts, (str, bytes)):
+        return {"size": size, "counts": counts}
+    # pycocotools would read and write past the bitmap's end.
+    if (
+        not isinstance(counts, list)
+        or not _finite(counts)
+        or min(counts, default=0) < 0
+        or sum(counts) != math.prod(size)
+    ):
+        raise EvaluationError(f"{at}: the counts of the RLE do not cover its {size[0]} x {size[1]} pixels")
+    return coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
 
 
 def _quietly(run: Callable[[], COCOeval]) -> COCOeval:

@@ -174,6 +174,9 @@ def test_evaluate_coco_uncompressed_rle(truth: dict[str, Any]) -> None:
         edges = np.flatnonzero(np.diff(np.concatenate([[0], flat]))).tolist()
         entry["segmentation"] = {"size": [60, 80], "counts": np.diff([0, *edges, flat.size]).tolist()}
     assert evaluate_coco(truth, found).stats["segm"]["AP"] == pytest.approx(1)
+    found["segm"][1]["segmentation"]["counts"].append(1)
+    with pytest.raises(EvaluationError, match="result 1: the counts of the RLE do not cover its 60 x 80 pixels"):
+        evaluate_coco(truth, found)
 
 
 BAD_RESULTS = {
