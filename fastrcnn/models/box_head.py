@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastrcnn_kernels as kernels
 from fastrcnn.conventions import Convention
 from fastrcnn.models.layers import NormFactory, at_least_float32, make_fc, normal_init
-from fastrcnn.models.pooler import Pooler
+from fastrcnn.models.pooler import Pooler, to_rois
 from fastrcnn.structures import BoxList, ImageList, Proposals, Targets
 
 SAMPLING_STREAM = 2
@@ -62,14 +62,32 @@ class FPN2MLPFeatureExtractor(nn.Module):
         self.fc7 = make_fc(hidden, hidden, norm)
         self.out_channels = hidden
 
-    def forward(self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
-        """[N * R, hidden] for boxes [N, R, 4]."""
-        x = self.pooler(features, boxes, valid).flatten(1)
+    def forward(self, features: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """[K, hidden] for rois [K, 5]."""
+        x = self.pooler(features, rois).flatten(1)
         return F.relu(self.fc7(F.relu(self.fc6(x))))
 
 
-class FPNPredictor(nn.Module):
-    """Linear layers to class logits and box deltas; ``num_box_classes`` is 2 when boxes are class agnostic."""
+class ResNetConv5FeatureExtractor(nn.Module):
+    """Pooled features through stage 5 of a ResNet, which halves their side (the "C4" heads): ``head.layer4``."""
+
+    def __init__(self, pooler: Pooler, stage5: nn.Module, out_channels: int) -> None:
+        super().__init__()
+        self.pooler = pooler
+        self.head = nn.ModuleDict({"layer4": stage5})
+        self.out_channels = out_channels
+
+    def forward(self, features: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """[K, C, resolution / 2, resolution / 2] for rois [K, 5]."""
+        return self.head["layer4"](self.pooler(features, rois))
+
+
+class BoxPredictor(nn.Module):
+    """Linear layers to class logits and box deltas; ``num_box_classes`` is 2 when boxes are class agnostic.
+
+    maskrcnn-benchmark's ``FPNPredictor``, and ``FastRCNNPredictor`` where the features are maps: they are averaged
+    first.
+    """
 
     def __init__(self, in_channels: int, num_classes: int, num_box_classes: int) -> None:
         super().__init__()
@@ -79,6 +97,7 @@ class FPNPredictor(nn.Module):
         normal_init(self.bbox_pred, std=0.001)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.mean(dim=(2, 3)) if x.dim() == 4 else x
         return self.cls_score(x), self.bbox_pred(x)
 
 
@@ -151,7 +170,7 @@ class BoxHead(nn.Module):
         self, features: Sequence[Tensor], sampled: SampledBoxes, targets: Targets
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The features of the sampled boxes and the losses ``loss_classifier`` and ``loss_box_reg``."""
-        x = self.feature_extractor(features, sampled.boxes, sampled.valid)
+        x = self.feature_extractor(features, to_rois(sampled.boxes, sampled.valid))
         class_logits, box_regression = self.predictor(x)
         return x, self.losses(class_logits, box_regression, sampled, targets)
 
@@ -180,11 +199,9 @@ class BoxHead(nn.Module):
             "loss_box_reg": torch.where(positive[:, None], box_loss, 0).sum() / normaliser,
         }
 
-    def forward_test(
-        self, features: Sequence[Tensor], proposals: Proposals, images: ImageList
-    ) -> tuple[Tensor, list[BoxList]]:
-        """Box features [N * P, ...] and the detections of each image, best first; waits for the device."""
-        x = self.feature_extractor(features, proposals.boxes, proposals.valid)
+    def forward_test(self, features: Sequence[Tensor], proposals: Proposals, images: ImageList) -> list[BoxList]:
+        """The detections of each image, best first; waits for the device."""
+        x = self.feature_extractor(features, to_rois(proposals.boxes, proposals.valid))
         class_logits, box_regression = self.predictor(x)
         probabilities = at_least_float32(class_logits).softmax(-1)
         if self.class_agnostic:
@@ -203,7 +220,7 @@ class BoxHead(nn.Module):
         for image, (count, size) in enumerate(zip(proposals.count.tolist(), images.image_sizes, strict=True)):
             rows = slice(image * capacity, image * capacity + count)
             detections.append(self._detect(boxes[rows], probabilities[rows], size))
-        return x, detections
+        return detections
 
     def _detect(self, boxes: Tensor, probabilities: Tensor, size: tuple[int, int]) -> BoxList:
         """Detections of one image from boxes [P, 4 * classes] and probabilities [P, classes]; background is column 0.

@@ -78,11 +78,12 @@ class GeneralizedRCNN(nn.Module):
         if proposals is not None:
             box: BoxHead = self.roi_heads["box"]  # type: ignore[assignment]
             sampled = box.sample(proposals, targets, self._seeds(images, box_head.SAMPLING_STREAM))
-            _, box_losses = box.forward_train(features, sampled, targets)
+            box_features, box_losses = box.forward_train(features, sampled, targets)
             losses |= box_losses
             if "mask" in self.roi_heads:
                 mask: MaskHead = self.roi_heads["mask"]  # type: ignore[assignment]
-                losses |= mask.forward_train(features, sampled, targets)
+                shared = mask.feature_extractor is box.feature_extractor
+                losses |= mask.forward_train(features, sampled, targets, box_features if shared else None)
         self.sampling_step += 1
         return losses
 
@@ -92,7 +93,7 @@ class GeneralizedRCNN(nn.Module):
         if "box" not in self.roi_heads:
             return proposals.to_boxlists(images.image_sizes)
         box: BoxHead = self.roi_heads["box"]  # type: ignore[assignment]
-        _, detections = box.forward_test(features, proposals, images)
+        detections = box.forward_test(features, proposals, images)
         if "mask" in self.roi_heads:
             mask: MaskHead = self.roi_heads["mask"]  # type: ignore[assignment]
             detections = mask.forward_test(features, detections)

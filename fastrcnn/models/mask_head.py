@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastrcnn_kernels as kernels
 from fastrcnn.models.box_head import SampledBoxes
 from fastrcnn.models.layers import NormFactory, at_least_float32, conv_kaiming_normal
-from fastrcnn.models.pooler import Pooler
+from fastrcnn.models.pooler import Pooler, to_rois
 from fastrcnn.structures import BoxList, Targets
 
 
@@ -42,7 +42,7 @@ class MaskRCNNFPNFeatureExtractor(nn.Module):
 
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> Tensor:
         """[K, C, M, M] for rois [K, 5]."""
-        x = self.pooler.pool(features, rois)
+        x = self.pooler(features, rois)
         for name in self.names:
             x = F.relu(self.get_submodule(name)(x))
         return x
@@ -82,20 +82,32 @@ class MaskHead(nn.Module):
         self.resolution = resolution
         self.positives_only = positives_only
 
-    def forward_train(self, features: Sequence[Tensor], sampled: SampledBoxes, targets: Targets) -> dict[str, Tensor]:
-        """``loss_mask``: binary cross entropy of the matched class's mask, mean over the pixels of the positives."""
+    def forward_train(
+        self,
+        features: Sequence[Tensor],
+        sampled: SampledBoxes,
+        targets: Targets,
+        box_features: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """``loss_mask``: binary cross entropy of the matched class's mask, mean over the pixels of the positives.
+
+        ``box_features`` [N * S, C, M / 2, M / 2]: the box head's features of the sampled boxes, where the two heads
+        share their extractor (``SHARE_BOX_FEATURE_EXTRACTOR``); else the head makes its own.
+        """
         slots = slice(0, sampled.max_positive)
         positive = sampled.positive[:, slots]  # [N, M]
         boxes, labels = sampled.boxes[:, slots], sampled.labels[:, slots]
-        image = torch.arange(len(boxes), device=boxes.device)[:, None].expand(positive.shape)
-        instance = image * targets.labels.shape[1] + sampled.matched_idxs[:, slots]
-        instance = torch.where(positive, instance, -1).flatten()
-        rois = torch.cat([torch.where(positive, image, -1).to(boxes.dtype)[..., None], boxes], dim=-1).flatten(0, 1)
+        rois = to_rois(boxes, positive)
+        first = torch.arange(len(boxes), device=boxes.device)[:, None] * targets.labels.shape[1]
+        instance = torch.where(positive, first + sampled.matched_idxs[:, slots], -1).flatten()
         labels = torch.where(positive, labels, 0).flatten()
+        if box_features is not None:
+            box_features = box_features.unflatten(0, sampled.labels.shape)[:, slots].flatten(0, 1)
         positive = positive.flatten()
         if self.positives_only:
             real = positive.nonzero().squeeze(1)
             rois, labels, instance, positive = rois[real], labels[real], instance[real], positive[real]
+            box_features = box_features[real] if box_features is not None else None
 
         with torch.no_grad():
             mask_targets = kernels.mask_targets(
@@ -108,7 +120,8 @@ class MaskHead(nn.Module):
                 max_vertices=targets.max_vertices,
                 max_polygons=targets.max_polygons,
             )  # [K, M, M]
-        logits = self.predictor(self.feature_extractor(features, rois))
+        x = self.feature_extractor(features, rois) if box_features is None else box_features
+        logits = self.predictor(x)
         logits = at_least_float32(_select_class(logits, labels))  # [K, M, M]
         loss = F.binary_cross_entropy_with_logits(logits, mask_targets.to(logits.dtype), reduction="none")
         normaliser = sampled.num_positive.sum().clamp(min=1) * self.resolution**2

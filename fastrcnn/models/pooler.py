@@ -29,22 +29,11 @@ class Pooler(nn.Module):
         levels = torch.tensor(self.scales, dtype=torch.float64).log2().neg().round().long().tolist()
         self.min_level, self.max_level = levels[0], levels[-1]
 
-    def forward(self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
-        """Pool regions from a batch.
+    def forward(self, features: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """[K, C, resolution, resolution] for rois [K, 5] (image, x1, y1, x2, y2); zeros where image is negative.
 
-        Args:
-            features: the levels that ``scales`` names, each [N, C, H_l, W_l]; later ones are not used.
-            boxes: float [N, R, 4]. valid: bool [N, R]; others are pooled as zeros.
-
-        Returns:
-            [N * R, C, resolution, resolution].
+        ``features``: the levels that ``scales`` names, each [N, C, H_l, W_l]; later ones are not used.
         """
-        image = torch.arange(len(boxes), device=boxes.device)[:, None].expand(valid.shape)
-        image = torch.where(valid, image, -1).to(boxes.dtype)
-        return self.pool(features, torch.cat([image[..., None], boxes], dim=-1).flatten(0, 1))
-
-    def pool(self, features: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """[K, C, resolution, resolution] for rois [K, 5] (image, x1, y1, x2, y2); zeros where image is negative."""
         levels = kernels.assign_levels(
             rois[:, 1:],
             min_level=self.min_level,
@@ -66,3 +55,10 @@ class Pooler(nn.Module):
 
     def extra_repr(self) -> str:
         return f"resolution={self.resolution}, scales={self.scales}, sampling_ratio={self.sampling_ratio}"
+
+
+def to_rois(boxes: Tensor, valid: Tensor) -> Tensor:
+    """Boxes [N, R, 4] as rois [N * R, 5] with the image's index in front; -1 where not ``valid`` [N, R]."""
+    image = torch.arange(len(boxes), device=boxes.device)[:, None]
+    image = torch.where(valid, image, -1).to(boxes.dtype)
+    return torch.cat([image[..., None], boxes], dim=-1).flatten(0, 1)

@@ -1,0 +1,60 @@
+# Each target sets up .venv itself when it is missing or out of date. On a machine without a GPU, PyTorch's CPU build
+# is smaller: `make test TORCH_ARGS="--index-url <the CPU index that pytorch.org names>"`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH_ARGS ?=
+DEMO_OUTPUT ?= output/demo
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test test-fast bench gpu-check lint format clean
+
+help:
+	@echo "make demo       train a small Mask R-CNN on generated images, evaluate it, draw pictures (CPU, < 10 minutes)"
+	@echo "make test       all tests, linter and type checker"
+	@echo "make bench      pytest-benchmark comparisons of the kernels"
+	@echo "make gpu-check  everything that needs a GPU"
+	@echo "make lint | format | clean"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt) $(TORCH_ARGS)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,fast]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m fastrcnn.data.shapes --output $(DEMO_OUTPUT)/shapes --num-train 600 --num-val 100 --image-size 192 --overwrite
+	$(BIN)/python -m fastrcnn.train --config-file configs/demo_shapes.yaml --overwrite OUTPUT_DIR $(DEMO_OUTPUT)/run \
+	    DATASETS.TRAIN "('$(DEMO_OUTPUT)/shapes/annotations/instances_train.json@$(DEMO_OUTPUT)/shapes/images',)" \
+	    DATASETS.TEST "('$(DEMO_OUTPUT)/shapes/annotations/instances_val.json@$(DEMO_OUTPUT)/shapes/images',)"
+	@echo "Pictures: $(DEMO_OUTPUT)/run/inference"
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not slow"
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=min,median,rounds --benchmark-group-by=group --benchmark-sort=min
+
+gpu-check: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=min,median,rounds --benchmark-json=output/gpu-check.json
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks output
+	rm -f kernels/fastrcnn_kernels/_C*.so
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

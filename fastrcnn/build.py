@@ -1,0 +1,252 @@
+"""From a Config to objects: the only module, beside the entry points, that reads one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastrcnn.config import Config, ConfigError
+from fastrcnn.conventions import CONVENTIONS, Convention
+from fastrcnn.models.anchors import AnchorGenerator
+from fastrcnn.models.box_head import BoxHead, BoxPredictor, FPN2MLPFeatureExtractor, ResNetConv5FeatureExtractor
+from fastrcnn.models.detector import GeneralizedRCNN
+from fastrcnn.models.fpn import FPN, Backbone
+from fastrcnn.models.layers import NormFactory, frozen_batch_norm_factory, group_norm_factory
+from fastrcnn.models.mask_head import MaskHead, MaskRCNNC4Predictor, MaskRCNNFPNFeatureExtractor
+from fastrcnn.models.pooler import Pooler
+from fastrcnn.models.resnet import ResNet, make_stage
+from fastrcnn.models.rpn import RPN
+
+
+def build_model(cfg: Config) -> GeneralizedRCNN:
+    """The detector that the configuration describes, with initial weights, on ``MODEL.DEVICE``.
+
+    Raises:
+        ConfigError: the configuration names a part that does not exist or does not fit.
+    """
+    convention = CONVENTIONS[cfg.MODEL.CONVENTION]
+    backbone = _build_backbone(cfg, convention)
+    box = mask = None
+    if not cfg.MODEL.RPN_ONLY:
+        box = _build_box_head(cfg, backbone.out_channels, convention)
+        if cfg.MODEL.MASK_ON:
+            mask = _build_mask_head(cfg, backbone.out_channels, convention, box)
+    model = GeneralizedRCNN(backbone, _build_rpn(cfg, backbone.out_channels, convention), box, mask)
+    model = model.to(cfg.MODEL.DEVICE)
+    if cfg.MODEL.CHANNELS_LAST:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def _unsupported(key: str, value: Any, choices: str) -> ConfigError:
+    return ConfigError(f"{key} {value!r} is not built by this version; choose {choices}")
+
+
+def _group_norm(cfg: Config) -> NormFactory:
+    group_norm = cfg.MODEL.GROUP_NORM
+    return group_norm_factory(group_norm.NUM_GROUPS, group_norm.DIM_PER_GP, group_norm.EPSILON)
+
+
+def _build_backbone(cfg: Config, convention: Convention) -> Backbone:
+    resnets = cfg.MODEL.RESNETS
+    depth, neck = _body_name(cfg)
+    if cfg.MODEL.RETINANET_ON or cfg.MODEL.KEYPOINT_ON:
+        key = "MODEL.RETINANET_ON" if cfg.MODEL.RETINANET_ON else "MODEL.KEYPOINT_ON"
+        raise _unsupported(key, True, "False")
+    if any(resnets.STAGE_WITH_DCN):
+        raise _unsupported("MODEL.RESNETS.STAGE_WITH_DCN", resnets.STAGE_WITH_DCN, "no deformable stages")
+    if resnets.TRANS_FUNC.endswith("GN") != resnets.STEM_FUNC.endswith("GN"):
+        raise ConfigError(
+            f"MODEL.RESNETS.STEM_FUNC {resnets.STEM_FUNC!r} and TRANS_FUNC {resnets.TRANS_FUNC!r} differ in their "
+            "normalisation; choose both with GN or both with FixedBatchNorm"
+        )
+    body = ResNet(
+        depth,
+        norm=_body_norm(cfg, convention),
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_CONV_BODY_AT,
+        out_stages=(2, 3, 4, 5) if neck == "FPN" else (4,),
+        stem_out_channels=resnets.STEM_OUT_CHANNELS,
+        num_groups=resnets.NUM_GROUPS,
+        width_per_group=resnets.WIDTH_PER_GROUP,
+        res2_out_channels=resnets.RES2_OUT_CHANNELS,
+        stride_in_1x1=resnets.STRIDE_IN_1X1,
+        res5_dilation=resnets.RES5_DILATION,
+    )
+    if neck == "C4":
+        return Backbone(body, None, body.out_channels[-1])
+    fpn = FPN(
+        body.out_channels,
+        resnets.BACKBONE_OUT_CHANNELS,
+        norm=_group_norm(cfg) if cfg.MODEL.FPN.USE_GN else None,
+        relu=cfg.MODEL.FPN.USE_RELU,
+    )
+    return Backbone(body, fpn, fpn.out_channels)
+
+
+def _body_name(cfg: Config) -> tuple[int, str]:
+    """(depth, "FPN" or "C4") of ``MODEL.BACKBONE.CONV_BODY``."""
+    name = cfg.MODEL.BACKBONE.CONV_BODY
+    family, _, rest = name.partition("-")
+    depth, _, neck = rest.partition("-")
+    if family != "R" or neck not in ("FPN", "C4"):
+        raise _unsupported("MODEL.BACKBONE.CONV_BODY", name, "R-{18,34,50,101,152}-FPN or R-{50,101}-C4")
+    if (neck == "FPN") != cfg.MODEL.RPN.USE_FPN:
+        raise ConfigError(
+            f"MODEL.BACKBONE.CONV_BODY {name!r} does not fit MODEL.RPN.USE_FPN {cfg.MODEL.RPN.USE_FPN}; "
+            f"set MODEL.RPN.USE_FPN {neck == 'FPN'}"
+        )
+    return int(depth), neck
+
+
+def _body_norm(cfg: Config, convention: Convention) -> NormFactory:
+    if cfg.MODEL.RESNETS.TRANS_FUNC.endswith("GN"):
+        return _group_norm(cfg)
+    return frozen_batch_norm_factory(convention.frozen_bn_eps)
+
+
+def _build_rpn(cfg: Config, in_channels: int, convention: Convention) -> RPN:
+    rpn = cfg.MODEL.RPN
+    if rpn.RPN_HEAD != "SingleConvRPNHead":
+        raise _unsupported("MODEL.RPN.RPN_HEAD", rpn.RPN_HEAD, "SingleConvRPNHead")
+    if not rpn.USE_FPN:
+        if len(rpn.ANCHOR_STRIDE) != 1:
+            raise ConfigError(f"MODEL.RPN.ANCHOR_STRIDE {rpn.ANCHOR_STRIDE}: a model without an FPN has one stride")
+        sizes = [tuple(rpn.ANCHOR_SIZES)]
+    elif len(rpn.ANCHOR_SIZES) == len(rpn.ANCHOR_STRIDE):
+        sizes = [(size,) for size in rpn.ANCHOR_SIZES]
+    else:
+        raise ConfigError(
+            f"MODEL.RPN.ANCHOR_SIZES has {len(rpn.ANCHOR_SIZES)} sizes and ANCHOR_STRIDE {len(rpn.ANCHOR_STRIDE)} "
+            "strides; an FPN has one of each a level"
+        )
+    return RPN(
+        in_channels,
+        AnchorGenerator(
+            sizes,
+            rpn.ASPECT_RATIOS,
+            rpn.ANCHOR_STRIDE,
+            straddle_thresh=rpn.STRADDLE_THRESH,
+            style=convention.anchor_style,
+        ),
+        convention,
+        fg_iou_threshold=rpn.FG_IOU_THRESHOLD,
+        bg_iou_threshold=rpn.BG_IOU_THRESHOLD,
+        batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=rpn.POSITIVE_FRACTION,
+        pre_nms_top_n=(rpn.PRE_NMS_TOP_N_TRAIN, rpn.PRE_NMS_TOP_N_TEST),
+        post_nms_top_n=(rpn.POST_NMS_TOP_N_TRAIN, rpn.POST_NMS_TOP_N_TEST),
+        fpn_post_nms_top_n=(rpn.FPN_POST_NMS_TOP_N_TRAIN, rpn.FPN_POST_NMS_TOP_N_TEST),
+        per_batch=rpn.FPN_POST_NMS_PER_BATCH,
+        nms_thresh=rpn.NMS_THRESH,
+        min_size=rpn.MIN_SIZE,
+    )
+
+
+def _conv5_extractor(cfg: Config, in_channels: int, pooler: Pooler, convention: Convention) -> nn.Module:
+    resnets = cfg.MODEL.RESNETS
+    stage5, out_channels = make_stage(
+        _body_name(cfg)[0],
+        5,
+        in_channels,
+        norm=_body_norm(cfg, convention),
+        num_groups=resnets.NUM_GROUPS,
+        width_per_group=resnets.WIDTH_PER_GROUP,
+        res2_out_channels=resnets.RES2_OUT_CHANNELS,
+        stride_in_1x1=resnets.STRIDE_IN_1X1,
+        first_stride=2,
+        dilation=resnets.RES5_DILATION,
+    )
+    return ResNetConv5FeatureExtractor(pooler, stage5, out_channels)
+
+
+def _build_box_head(cfg: Config, in_channels: int, convention: Convention) -> BoxHead:
+    heads, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
+    predictors = {"FPN2MLPFeatureExtractor": "FPNPredictor", "ResNet50Conv5ROIFeatureExtractor": "FastRCNNPredictor"}
+    if box.FEATURE_EXTRACTOR not in predictors:
+        raise _unsupported("MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR", box.FEATURE_EXTRACTOR, " or ".join(predictors))
+    if box.PREDICTOR != predictors[box.FEATURE_EXTRACTOR]:
+        raise ConfigError(
+            f"MODEL.ROI_BOX_HEAD.PREDICTOR {box.PREDICTOR!r} does not fit FEATURE_EXTRACTOR "
+            f"{box.FEATURE_EXTRACTOR!r}; set {predictors[box.FEATURE_EXTRACTOR]}"
+        )
+    pooler = Pooler(box.POOLER_RESOLUTION, box.POOLER_SCALES, box.POOLER_SAMPLING_RATIO, convention)
+    extractor: nn.Module
+    if box.FEATURE_EXTRACTOR == "FPN2MLPFeatureExtractor":
+        extractor = FPN2MLPFeatureExtractor(
+            in_channels, pooler, box.MLP_HEAD_DIM, _group_norm(cfg) if box.USE_GN else None
+        )
+    else:
+        extractor = _conv5_extractor(cfg, in_channels, pooler, convention)
+    features: int = extractor.out_channels  # type: ignore[assignment]
+    agnostic = cfg.MODEL.CLS_AGNOSTIC_BBOX_REG
+    return BoxHead(
+        extractor,
+        BoxPredictor(features, box.NUM_CLASSES, 2 if agnostic else box.NUM_CLASSES),
+        convention,
+        fg_iou_threshold=heads.FG_IOU_THRESHOLD,
+        bg_iou_threshold=heads.BG_IOU_THRESHOLD,
+        batch_size_per_image=heads.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=heads.POSITIVE_FRACTION,
+        bbox_reg_weights=tuple(heads.BBOX_REG_WEIGHTS),  # type: ignore[arg-type]
+        class_agnostic=agnostic,
+        score_thresh=heads.SCORE_THRESH,
+        nms_thresh=heads.NMS,
+        detections_per_image=heads.DETECTIONS_PER_IMG,
+    )
+
+
+def _build_mask_head(cfg: Config, in_channels: int, convention: Convention, box: BoxHead) -> MaskHead:
+    mask = cfg.MODEL.ROI_MASK_HEAD
+    if mask.PREDICTOR != "MaskRCNNC4Predictor":
+        raise _unsupported("MODEL.ROI_MASK_HEAD.PREDICTOR", mask.PREDICTOR, "MaskRCNNC4Predictor")
+    pooler = Pooler(mask.POOLER_RESOLUTION, mask.POOLER_SCALES, mask.POOLER_SAMPLING_RATIO, convention)
+    side = mask.POOLER_RESOLUTION
+    extractor: nn.Module
+    if mask.SHARE_BOX_FEATURE_EXTRACTOR:
+        extractor = box.feature_extractor
+        if not isinstance(extractor, ResNetConv5FeatureExtractor):
+            raise ConfigError(
+                "MODEL.ROI_MASK_HEAD.SHARE_BOX_FEATURE_EXTRACTOR needs a box head that keeps feature maps "
+                "(ResNet50Conv5ROIFeatureExtractor); set it to False"
+            )
+        side = extractor.pooler.resolution // 2
+    elif mask.FEATURE_EXTRACTOR == "MaskRCNNFPNFeatureExtractor":
+        extractor = MaskRCNNFPNFeatureExtractor(
+            in_channels,
+            pooler,
+            mask.CONV_LAYERS,
+            dilation=mask.DILATION,
+            norm=_group_norm(cfg) if mask.USE_GN else None,
+        )
+    elif mask.FEATURE_EXTRACTOR == "ResNet50Conv5ROIFeatureExtractor":
+        extractor = _conv5_extractor(cfg, in_channels, pooler, convention)
+        side = mask.POOLER_RESOLUTION // 2
+    else:
+        raise _unsupported(
+            "MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR",
+            mask.FEATURE_EXTRACTOR,
+            "MaskRCNNFPNFeatureExtractor or ResNet50Conv5ROIFeatureExtractor",
+        )
+    if mask.RESOLUTION != 2 * side:
+        raise ConfigError(
+            f"MODEL.ROI_MASK_HEAD.RESOLUTION {mask.RESOLUTION} must be {2 * side}: the predictor doubles the side of "
+            f"the features, {side}"
+        )
+    features: int = extractor.out_channels  # type: ignore[assignment]
+    positives_only = mask.POSITIVES_ONLY
+    if positives_only == "auto":
+        positives_only = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+    return MaskHead(
+        extractor,
+        MaskRCNNC4Predictor(features, mask.CONV_LAYERS[-1], cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES),
+        resolution=mask.RESOLUTION,
+        positives_only=bool(positives_only),
+    )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all parameters, those that are trained)."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
