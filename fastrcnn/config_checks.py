@@ -1,0 +1,278 @@
+"""Rules between keys: settings that are each legal and make no sense together.
+
+Each rule is a generator of problems; a problem names the keys it is about (the one to change first) so that
+the loader can say where they were set. Wrong combinations would otherwise fail deep in the model, with a
+message about shapes, or train something that was not meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastrcnn.config_schema import Config
+
+Problem = tuple[tuple[str, ...], str]
+
+
+class KeysDoNotFit(ValueError):
+    """Two or more keys contradict each other.
+
+    Attributes:
+        keys: full names of the keys concerned, the one to change first.
+    """
+
+    def __init__(self, keys: tuple[str, ...], message: str) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
+def check_config(cfg: Config) -> None:
+    """Raise :class:`KeysDoNotFit` for the first rule that ``cfg`` breaks."""
+    for rule in (_solver, _sizes, _thresholds, _backbone, _rpn, _family, _box_head, _mask_head, _keypoint_head):
+        for keys, message in rule(cfg):
+            raise KeysDoNotFit(keys, message)
+
+
+def _is_pyramid(cfg: Config) -> bool:
+    return cfg.MODEL.BACKBONE.CONV_BODY.endswith("-FPN")
+
+
+def _solver(cfg: Config) -> Iterator[Problem]:
+    steps = cfg.SOLVER.STEPS
+    if any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
+        yield ("SOLVER.STEPS",), f"SOLVER.STEPS must increase, got {steps}"
+
+
+def _sizes(cfg: Config) -> Iterator[Problem]:
+    image = cfg.INPUT
+    if max(image.MIN_SIZE_TRAIN) > image.MAX_SIZE_TRAIN:
+        yield (
+            ("INPUT.MIN_SIZE_TRAIN", "INPUT.MAX_SIZE_TRAIN"),
+            f"INPUT.MIN_SIZE_TRAIN {max(image.MIN_SIZE_TRAIN)} is larger than INPUT.MAX_SIZE_TRAIN "
+            f"{image.MAX_SIZE_TRAIN}; raise MAX_SIZE_TRAIN",
+        )
+    if image.MIN_SIZE_TEST > image.MAX_SIZE_TEST:
+        yield (
+            ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST"),
+            f"INPUT.MIN_SIZE_TEST {image.MIN_SIZE_TEST} is larger than INPUT.MAX_SIZE_TEST {image.MAX_SIZE_TEST}; "
+            "raise MAX_SIZE_TEST",
+        )
+    divisibility = cfg.DATALOADER.SIZE_DIVISIBILITY
+    if "FPN" in cfg.MODEL.BACKBONE.CONV_BODY and (divisibility == 0 or divisibility % 32):
+        # The pyramid adds a level, enlarged twice, to the next finer one: sizes that do not halve evenly differ.
+        yield (
+            ("DATALOADER.SIZE_DIVISIBILITY", "MODEL.BACKBONE.CONV_BODY"),
+            f"MODEL.BACKBONE.CONV_BODY {cfg.MODEL.BACKBONE.CONV_BODY} needs DATALOADER.SIZE_DIVISIBILITY to be a "
+            f"multiple of 32, got {divisibility}; set DATALOADER.SIZE_DIVISIBILITY 32",
+        )
+
+
+def _thresholds(cfg: Config) -> Iterator[Problem]:
+    model = cfg.MODEL
+    for name, section in (("RPN", model.RPN), ("ROI_HEADS", model.ROI_HEADS), ("RETINANET", model.RETINANET)):
+        high, low = section.FG_IOU_THRESHOLD, section.BG_IOU_THRESHOLD
+        if low > high:
+            prefix = f"MODEL.{name}"
+            yield (
+                (f"{prefix}.BG_IOU_THRESHOLD", f"{prefix}.FG_IOU_THRESHOLD"),
+                f"{prefix}.BG_IOU_THRESHOLD {low} must not be above FG_IOU_THRESHOLD {high}",
+            )
+    norm = model.GROUP_NORM
+    if (norm.DIM_PER_GP > 0) == (norm.NUM_GROUPS > 0):
+        yield (
+            ("MODEL.GROUP_NORM.DIM_PER_GP", "MODEL.GROUP_NORM.NUM_GROUPS"),
+            f"one of MODEL.GROUP_NORM.DIM_PER_GP ({norm.DIM_PER_GP}) and NUM_GROUPS ({norm.NUM_GROUPS}) must be "
+            "positive and the other -1",
+        )
+
+
+def _backbone(cfg: Config) -> Iterator[Problem]:
+    body, block = cfg.MODEL.BACKBONE.CONV_BODY, cfg.MODEL.RESNETS.TRANS_FUNC
+    keys = ("MODEL.RESNETS.TRANS_FUNC", "MODEL.BACKBONE.CONV_BODY")
+    basic_body, basic_block = body in ("R-18-FPN", "R-34-FPN"), block.startswith("BasicBlock")
+    suffix = block.removeprefix("BasicBlock").removeprefix("Bottleneck")
+    if basic_body and not basic_block:
+        yield (
+            keys,
+            f"MODEL.BACKBONE.CONV_BODY {body} has basic blocks, not {block}; "
+            f"set MODEL.RESNETS.TRANS_FUNC BasicBlock{suffix}",
+        )
+    if basic_block and not basic_body:
+        yield (
+            keys,
+            f"MODEL.RESNETS.TRANS_FUNC {block} is for R-18-FPN and R-34-FPN, not for {body}; "
+            f"set MODEL.RESNETS.TRANS_FUNC Bottleneck{suffix}",
+        )
+    if basic_block and cfg.MODEL.RESNETS.NUM_GROUPS != 1:
+        yield (
+            ("MODEL.RESNETS.NUM_GROUPS", *keys),
+            f"MODEL.RESNETS.TRANS_FUNC {block} has no grouped convolutions; set MODEL.RESNETS.NUM_GROUPS 1",
+        )
+
+
+def _rpn(cfg: Config) -> Iterator[Problem]:
+    model, rpn = cfg.MODEL, cfg.MODEL.RPN
+    if model.RETINANET_ON:
+        sizes, strides = model.RETINANET.ANCHOR_SIZES, model.RETINANET.ANCHOR_STRIDES
+        if len(sizes) != len(strides):
+            yield (
+                ("MODEL.RETINANET.ANCHOR_STRIDES", "MODEL.RETINANET.ANCHOR_SIZES"),
+                f"MODEL.RETINANET.ANCHOR_STRIDES has {len(strides)} entries and ANCHOR_SIZES {len(sizes)}; "
+                "each level needs one of both",
+            )
+        return
+    body = model.BACKBONE.CONV_BODY
+    if _is_pyramid(cfg) != rpn.USE_FPN:
+        yield (
+            ("MODEL.RPN.USE_FPN", "MODEL.BACKBONE.CONV_BODY"),
+            f"MODEL.RPN.USE_FPN {rpn.USE_FPN} does not fit MODEL.BACKBONE.CONV_BODY {body}; "
+            f"set MODEL.RPN.USE_FPN {not rpn.USE_FPN}",
+        )
+    keys = ("MODEL.RPN.ANCHOR_STRIDE", "MODEL.RPN.ANCHOR_SIZES", "MODEL.RPN.USE_FPN")
+    if rpn.USE_FPN and (len(rpn.ANCHOR_STRIDE) != 5 or len(rpn.ANCHOR_SIZES) != 5):
+        yield (
+            keys,
+            "with MODEL.RPN.USE_FPN, ANCHOR_STRIDE and ANCHOR_SIZES need one entry for each of the five levels, got "
+            f'{len(rpn.ANCHOR_STRIDE)} and {len(rpn.ANCHOR_SIZES)}; set MODEL.RPN.ANCHOR_STRIDE "(4, 8, 16, 32, 64)"',
+        )
+    if not rpn.USE_FPN and len(rpn.ANCHOR_STRIDE) != 1:
+        yield (
+            keys,
+            f"MODEL.RPN.ANCHOR_STRIDE has {len(rpn.ANCHOR_STRIDE)} entries, but without MODEL.RPN.USE_FPN there is "
+            'one level; set MODEL.RPN.ANCHOR_STRIDE "(16,)"',
+        )
+
+
+def _family(cfg: Config) -> Iterator[Problem]:
+    model = cfg.MODEL
+    body = model.BACKBONE.CONV_BODY
+    if model.RETINANET_ON != body.endswith("-RETINANET"):
+        wanted = "R-50-FPN-RETINANET" if model.RETINANET_ON else body.removesuffix("-RETINANET")
+        yield (
+            ("MODEL.BACKBONE.CONV_BODY", "MODEL.RETINANET_ON"),
+            f"MODEL.BACKBONE.CONV_BODY {body} does not fit MODEL.RETINANET_ON {model.RETINANET_ON}; "
+            f"set MODEL.BACKBONE.CONV_BODY {wanted}",
+        )
+    for other in ("MASK_ON", "KEYPOINT_ON"):
+        for alone in ("RPN_ONLY", "RETINANET_ON"):
+            if getattr(model, other) and getattr(model, alone):
+                yield (
+                    (f"MODEL.{other}", f"MODEL.{alone}"),
+                    f"MODEL.{other} and MODEL.{alone} exclude each other; set one of them False",
+                )
+
+
+def _pooler(cfg: Config, head: str, scales: tuple[float, ...]) -> Iterator[Problem]:
+    """The pyramid hands out P2 first, so scale i is 1 / 2**(i + 2); everything else has one level."""
+    name = f"MODEL.{head}.POOLER_SCALES"
+    keys = (name, "MODEL.ROI_HEADS.USE_FPN", "MODEL.BACKBONE.CONV_BODY")
+    if not _is_pyramid(cfg):
+        if len(scales) != 1:
+            yield (
+                keys,
+                f"{name} has {len(scales)} entries, but MODEL.BACKBONE.CONV_BODY {cfg.MODEL.BACKBONE.CONV_BODY} has "
+                f'one level; set {name} "(0.0625,)"',
+            )
+    elif len(scales) > 5 or any(scale != 0.25 / 2**level for level, scale in enumerate(scales)):
+        yield (
+            keys,
+            f"{name} {scales} does not fit the levels of MODEL.BACKBONE.CONV_BODY "
+            f'{cfg.MODEL.BACKBONE.CONV_BODY}; set {name} "(0.25, 0.125, 0.0625, 0.03125)"',
+        )
+
+
+def _box_head(cfg: Config) -> Iterator[Problem]:
+    model = cfg.MODEL
+    if model.RPN_ONLY or model.RETINANET_ON:
+        return
+    body, head = model.BACKBONE.CONV_BODY, model.ROI_BOX_HEAD
+    if _is_pyramid(cfg) != model.ROI_HEADS.USE_FPN:
+        yield (
+            ("MODEL.ROI_HEADS.USE_FPN", "MODEL.BACKBONE.CONV_BODY"),
+            f"MODEL.ROI_HEADS.USE_FPN {model.ROI_HEADS.USE_FPN} does not fit MODEL.BACKBONE.CONV_BODY {body}; "
+            f"set MODEL.ROI_HEADS.USE_FPN {not model.ROI_HEADS.USE_FPN}",
+        )
+    extractor_keys = ("MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR", "MODEL.BACKBONE.CONV_BODY")
+    if _is_pyramid(cfg) and not head.FEATURE_EXTRACTOR.startswith("FPN"):
+        yield (
+            extractor_keys,
+            f"MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR {head.FEATURE_EXTRACTOR} does not fit MODEL.BACKBONE.CONV_BODY "
+            f"{body}; set MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR FPN2MLPFeatureExtractor",
+        )
+    if head.FEATURE_EXTRACTOR.startswith("FBNet") and body != "FBNet":
+        yield (
+            extractor_keys,
+            f"MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR {head.FEATURE_EXTRACTOR} needs MODEL.BACKBONE.CONV_BODY FBNet, "
+            f"not {body}",
+        )
+    yield from _pooler(cfg, "ROI_BOX_HEAD", head.POOLER_SCALES)
+    fitting = "FPNPredictor" if head.FEATURE_EXTRACTOR.startswith("FPN") else "FastRCNNPredictor"
+    if head.PREDICTOR != fitting:
+        yield (
+            ("MODEL.ROI_BOX_HEAD.PREDICTOR", "MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR"),
+            f"MODEL.ROI_BOX_HEAD.PREDICTOR {head.PREDICTOR} does not take the features of {head.FEATURE_EXTRACTOR}; "
+            f"set MODEL.ROI_BOX_HEAD.PREDICTOR {fitting}",
+        )
+
+
+def _sharing(cfg: Config, head: str) -> Iterator[Problem]:
+    """A head that shares the box head's features needs maps, and the fully connected extractors give vectors."""
+    if cfg.MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR.startswith("FPN"):
+        key = f"MODEL.{head}.SHARE_BOX_FEATURE_EXTRACTOR"
+        yield (
+            (key, "MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR"),
+            f"{key} needs a box head with feature maps, and {cfg.MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR} gives vectors; "
+            f"set {key} False",
+        )
+
+
+def _mask_head(cfg: Config) -> Iterator[Problem]:
+    model, head = cfg.MODEL, cfg.MODEL.ROI_MASK_HEAD
+    if not model.MASK_ON:
+        return
+    if head.SHARE_BOX_FEATURE_EXTRACTOR:
+        yield from _sharing(cfg, "ROI_MASK_HEAD")
+        extractor, pooled = model.ROI_BOX_HEAD.FEATURE_EXTRACTOR, model.ROI_BOX_HEAD.POOLER_RESOLUTION
+    else:
+        yield from _pooler(cfg, "ROI_MASK_HEAD", head.POOLER_SCALES)
+        if _is_pyramid(cfg) != (head.FEATURE_EXTRACTOR == "MaskRCNNFPNFeatureExtractor") and (
+            _is_pyramid(cfg) or not model.BACKBONE.CONV_BODY == "FBNet"
+        ):
+            wanted = "MaskRCNNFPNFeatureExtractor" if _is_pyramid(cfg) else "ResNet50Conv5ROIFeatureExtractor"
+            yield (
+                ("MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR", "MODEL.BACKBONE.CONV_BODY"),
+                f"MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR {head.FEATURE_EXTRACTOR} does not fit "
+                f"MODEL.BACKBONE.CONV_BODY {model.BACKBONE.CONV_BODY}; set MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR "
+                f"{wanted}",
+            )
+        extractor, pooled = head.FEATURE_EXTRACTOR, head.POOLER_RESOLUTION
+    if extractor.startswith("FBNet"):
+        return  # the stride of these heads is part of the architecture
+    if extractor == "ResNet50Conv5ROIFeatureExtractor":
+        pooled = (pooled + 1) // 2
+    predicted = pooled * (2 if head.PREDICTOR == "MaskRCNNC4Predictor" else 1)
+    if head.RESOLUTION != predicted:
+        yield (
+            ("MODEL.ROI_MASK_HEAD.RESOLUTION", "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION"),
+            f"MODEL.ROI_MASK_HEAD.RESOLUTION is {head.RESOLUTION}, but {extractor} and {head.PREDICTOR} predict "
+            f"{predicted} x {predicted}; set MODEL.ROI_MASK_HEAD.RESOLUTION {predicted}",
+        )
+
+
+def _keypoint_head(cfg: Config) -> Iterator[Problem]:
+    model, head = cfg.MODEL, cfg.MODEL.ROI_KEYPOINT_HEAD
+    if not model.KEYPOINT_ON:
+        return
+    if head.SHARE_BOX_FEATURE_EXTRACTOR:
+        yield from _sharing(cfg, "ROI_KEYPOINT_HEAD")
+        return
+    yield from _pooler(cfg, "ROI_KEYPOINT_HEAD", head.POOLER_SCALES)
+    predicted = head.POOLER_RESOLUTION * 4
+    if head.FEATURE_EXTRACTOR == "KeypointRCNNFeatureExtractor" and head.RESOLUTION != predicted:
+        yield (
+            ("MODEL.ROI_KEYPOINT_HEAD.RESOLUTION", "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION"),
+            f"MODEL.ROI_KEYPOINT_HEAD.RESOLUTION is {head.RESOLUTION}, but the head predicts {predicted} x {predicted}; "
+            f"set MODEL.ROI_KEYPOINT_HEAD.RESOLUTION {predicted}",
+        )
