@@ -1,0 +1,189 @@
+"""COCO detection data: a JSON file of annotations and a folder of images.
+
+Meaning as in maskrcnn-benchmark's ``COCODataset``: images in the order of their ids, crowd regions dropped,
+contiguous labels, boxes of inclusive pixels clipped to the image. Unlike there, faults of the file are found when it
+is loaded and are either an error that names the annotation or a count in one log line, and annotations are held as a
+few flat arrays, so that worker processes share them instead of copying millions of Python objects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastrcnn.data.coco_file import ImageTable, InstanceTable, parse_annotations, parse_images, read_json
+from fastrcnn.data.dataset import DataError, ImageInfo, Sample
+from fastrcnn.data.image import read_image
+from fastrcnn.structures import BoxList, SegmentationMask
+
+logger = logging.getLogger(__name__)
+
+
+class CocoDataset:
+    """Images with boxes, labels and masks from a COCO annotation file.
+
+    Args:
+        annotation_file: JSON with ``images``, ``annotations`` and ``categories``.
+        image_folder: where the files named by ``images[].file_name`` lie.
+        remove_images_without_annotations: keep only images with at least one instance left (training); otherwise keep
+            all (evaluation). Crowd regions and boxes that are not wider and higher than one pixel are no instances.
+        name: how messages call the data set; the annotation file by default.
+
+    Attributes:
+        class_names: ``"__background__"`` and the category names, by contiguous label.
+        label_to_category_id: contiguous labels 1..K, in the order of the category ids, to the file's category ids.
+        has_masks: whether any annotation has a polygon or an RLE.
+        dropped: number of annotations (or polygons) left out, by reason.
+        fingerprint: SHA-256 of the annotation file.
+
+    Raises:
+        DataError: on any fault that would make the ground truth wrong.
+    """
+
+    def __init__(
+        self,
+        annotation_file: str | Path,
+        image_folder: str | Path,
+        *,
+        remove_images_without_annotations: bool = False,
+        name: str | None = None,
+    ) -> None:
+        self.annotation_file = Path(annotation_file)
+        self.image_folder = Path(image_folder)
+        self.name = name or str(annotation_file)
+        raw, content = read_json(self.annotation_file)
+        self.fingerprint = hashlib.sha256(raw).hexdigest()
+        del raw
+
+        categories = _categories(content, self.annotation_file)
+        self.class_names = ["__background__", *categories.values()]
+        self.label_to_category_id = dict(enumerate(categories, start=1))
+        labels = {category: label for label, category in self.label_to_category_id.items()}
+
+        images = parse_images(content, self.annotation_file)
+        instances, self.dropped = parse_annotations(content, self.annotation_file, images, labels)
+        if remove_images_without_annotations:
+            usable = np.zeros(len(images.ids), dtype=bool)
+            usable[instances.image] = True
+            images, instances = _keep_images(images, instances, usable)
+        self._images: ImageTable = images
+        self._instances: InstanceTable = instances
+        # Instances are sorted by image: image i owns the range [first[i], first[i + 1]).
+        self._first = np.searchsorted(instances.image, np.arange(len(images.ids) + 1))
+        self.has_masks = instances.has_masks
+        self._check_files()
+        self._log_summary(total=len(content["images"]))
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, the background included."""
+        return len(self.class_names)
+
+    @property
+    def num_instances(self) -> int:
+        """Number of ground-truth boxes."""
+        return len(self._instances.labels)
+
+    def __len__(self) -> int:
+        return len(self._images.ids)
+
+    def __getitem__(self, index: int) -> Sample:
+        info = self.image_info(index)
+        path = self.image_folder / info["file_name"]
+        image = read_image(path)
+        if tuple(image.shape[:2]) != (info["height"], info["width"]):
+            raise DataError(
+                f"image file {path} is {image.shape[1]}x{image.shape[0]} pixels, but {self.annotation_file} says "
+                f"{info['width']}x{info['height']} for image {info['id']}"
+            )
+        return Sample(image, self.target(index), info["id"], index)
+
+    def target(self, index: int) -> BoxList:
+        """The ground truth of an image in its original frame, without reading the image."""
+        images, table = self._images, self._instances
+        size = (int(images.widths[index]), int(images.heights[index]))
+        span = slice(int(self._first[index]), int(self._first[index + 1]))
+        return BoxList(
+            boxes=torch.from_numpy(table.boxes[span].copy()),
+            size=size,
+            labels=torch.from_numpy(table.labels[span].astype(np.int64)),
+            masks=SegmentationMask.from_coco(table.segmentations(span), size) if self.has_masks else None,
+        )
+
+    def image_info(self, index: int) -> ImageInfo:
+        """Id, height, width and file name of the image at ``index``."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} of a data set of {len(self)} images")
+        images = self._images
+        return {
+            "id": int(images.ids[index]),
+            "height": int(images.heights[index]),
+            "width": int(images.widths[index]),
+            "file_name": images.file_names[index],
+        }
+
+    def _check_files(self) -> None:
+        """One listing per folder: a missing file is found now, not in the middle of a run."""
+        if not self.image_folder.is_dir():
+            raise DataError(f"image folder {self.image_folder} does not exist (for {self.annotation_file})")
+        listings: dict[str, set[str]] = {}
+        missing, first = 0, ""
+        for index in range(len(self)):
+            folder, base = os.path.split(self._images.file_names[index])
+            if folder not in listings:
+                try:
+                    with os.scandir(self.image_folder / folder) as entries:
+                        listings[folder] = {entry.name for entry in entries}
+                except OSError:
+                    listings[folder] = set()
+            if base not in listings[folder]:
+                missing += 1
+                first = first or str(self.image_folder / self._images.file_names[index])
+        if missing:
+            raise DataError(
+                f"{missing} of the {len(self)} images of {self.annotation_file} are missing; the first is {first}"
+            )
+
+    def _log_summary(self, total: int) -> None:
+        left_out = "; ".join(f"{count} {reason}" for reason, count in self.dropped.items() if count)
+        logger.info(
+            "%s: %d of %d images, %d instances of %d classes%s",
+            self.name,
+            len(self),
+            total,
+            self.num_instances,
+            self.num_classes - 1,
+            f"; left out: {left_out}" if left_out else "",
+        )
+
+    def __repr__(self) -> str:
+        return f"CocoDataset({self.name}, num_images={len(self)}, num_instances={self.num_instances})"
+
+
+def _categories(content: dict, path: Path) -> dict[int, str]:
+    """{category id: name}, sorted by id."""
+    names: dict[int, str] = {}
+    for position, category in enumerate(content["categories"]):
+        if not isinstance(category, dict) or not isinstance(category.get("id"), int) or "name" not in category:
+            raise DataError(f"{path}: categories[{position}] needs an integer 'id' and a 'name'")
+        if category["id"] in names:
+            raise DataError(f"{path}: category id {category['id']} appears twice")
+        names[category["id"]] = str(category["name"])
+    if not names:
+        raise DataError(f"{path}: 'categories' is empty")
+    return dict(sorted(names.items()))
+
+
+def _keep_images(
+    images: ImageTable, instances: InstanceTable, keep: np.ndarray
+) -> tuple[ImageTable, InstanceTable]:
+    new_index = np.cumsum(keep) - 1
+    rows = np.flatnonzero(keep[instances.image])
+    instances = instances.take(rows)
+    instances.image = new_index[instances.image]
+    return images.take(np.flatnonzero(keep)), instances

@@ -1,0 +1,186 @@
+"""Batches in the order of their steps, prepared by worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch.utils.data import DataLoader, Dataset
+
+from fastrcnn.data.collate import Batch, Normalization, PackedBatch, TestBatch, collate_test, collate_train
+from fastrcnn.data.dataset import DataError, DetectionDataset
+from fastrcnn.data.sampler import BatchSchedule, aspect_ratio_groups, rank_slice, shard_range
+from fastrcnn.data.transforms import TestTransform, Transform, sample_generator
+
+B = TypeVar("B", Batch, TestBatch)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A DataError on its way from a worker: torch would wrap the message into thirty lines of traceback."""
+
+    message: str
+
+
+class Loader(Generic[B]):
+    """Iterates over batches; ``len`` is their number. A new iteration starts again at the first batch.
+
+    Raises (while iterating):
+        DataError: an image or its annotations cannot be read; raised at the step that needed them.
+    """
+
+    def __init__(self, batches: DataLoader[Any]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[B]:
+        for item in self._batches:
+            if isinstance(item, _Failure):
+                raise DataError(item.message)
+            yield item.unpack() if isinstance(item, PackedBatch) else item
+
+
+def make_train_loader(
+    dataset: DetectionDataset,
+    *,
+    ims_per_batch: int,
+    num_steps: int,
+    transform: Transform,
+    normalization: Normalization,
+    start_step: int = 0,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    aspect_ratio_grouping: bool = True,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    prefetch_factor: int = 2,
+) -> Loader[Batch]:
+    """The batches of the steps ``start_step`` to ``num_steps - 1``, this rank's share of each.
+
+    What a step sees depends on (seed, step) alone: not on the number of workers or ranks, nor on where the run was
+    resumed.
+
+    Args:
+        ims_per_batch: images of the global batch, over all ranks (``SOLVER.IMS_PER_BATCH``).
+        num_steps: number of the last step plus one (``SOLVER.MAX_ITER``), resumed or not.
+        transform: see :mod:`fastrcnn.data.transforms`; runs in the worker, and so has to be picklable.
+        aspect_ratio_grouping: batches hold only landscape or only portrait images, which saves padding.
+        num_workers: processes of this rank; 0 prepares the batches in the calling process.
+        pin_memory: page-locked pixels, for asynchronous copies to a CUDA device.
+
+    Raises:
+        ValueError: ``ims_per_batch`` is not divisible by ``world_size``.
+        DataError: the data set is empty.
+    """
+    if len(dataset) == 0:
+        raise DataError(f"{dataset!r} has no image to train on")
+    share = rank_slice(ims_per_batch, rank, world_size)
+    schedule = BatchSchedule(
+        aspect_ratio_groups(dataset) if aspect_ratio_grouping else None,
+        num_images=len(dataset),
+        batch_size=ims_per_batch,
+        seed=seed,
+    )
+    steps = _TrainSteps(schedule, share, range(start_step, max(start_step, num_steps)))
+    return Loader(_data_loader(_TrainBatches(dataset, transform, normalization, seed), steps, num_workers, pin_memory, prefetch_factor))
+
+
+def make_test_loader(
+    dataset: DetectionDataset,
+    *,
+    ims_per_batch: int,
+    normalization: Normalization,
+    transform: TestTransform | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    prefetch_factor: int = 2,
+) -> Loader[TestBatch]:
+    """Every image of this rank's shard once, in order; over all ranks, every image exactly once.
+
+    Args:
+        ims_per_batch: images over all ranks (``TEST.IMS_PER_BATCH``); the last batch may be smaller.
+
+    Raises:
+        ValueError: ``ims_per_batch`` is not divisible by ``world_size``.
+    """
+    share = rank_slice(ims_per_batch, rank, world_size, key="TEST.IMS_PER_BATCH")
+    shard = shard_range(len(dataset), rank, world_size)
+    size = share.stop - share.start
+    steps = [list(shard[first : first + size]) for first in range(0, len(shard), size)]
+    batches = _TestBatches(dataset, transform or TestTransform(), normalization)
+    return Loader(_data_loader(batches, steps, num_workers, pin_memory, prefetch_factor))
+
+
+def _data_loader(
+    batches: Dataset[Any], steps: Any, num_workers: int, pin_memory: bool, prefetch_factor: int
+) -> DataLoader[Any]:
+    # batch_size=None: an item is a whole batch, so that workers take turns by step and batches keep their order.
+    return DataLoader(
+        batches,
+        sampler=steps,
+        batch_size=None,
+        collate_fn=_identity,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor if num_workers else None,
+    )
+
+
+def _identity(item: Any) -> Any:
+    return item
+
+
+class _TrainSteps:
+    """(epoch, indices of this rank) of every step."""
+
+    def __init__(self, schedule: BatchSchedule, share: slice, steps: range) -> None:
+        self.schedule, self.share, self.steps = schedule, share, steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        for step in self.steps:
+            epoch, indices = self.schedule.batch_for_step(step)
+            yield epoch, indices[self.share].tolist()
+
+
+class _TrainBatches(Dataset[Any]):
+    """``self[(epoch, indices)]`` reads, transforms and collates a batch."""
+
+    def __init__(
+        self, dataset: DetectionDataset, transform: Transform, normalization: Normalization, seed: int
+    ) -> None:
+        self.dataset, self.transform, self.normalization, self.seed = dataset, transform, normalization, seed
+
+    def __getitem__(self, item: tuple[int, Sequence[int]]) -> PackedBatch | _Failure:
+        epoch, indices = item
+        try:
+            samples = [self.transform(self.dataset[i], sample_generator(self.seed, epoch, i)) for i in indices]
+        except DataError as error:
+            return _Failure(str(error))
+        return collate_train(samples, self.normalization, epoch)
+
+
+class _TestBatches(Dataset[Any]):
+    """``self[indices]`` reads, resizes and collates a batch."""
+
+    def __init__(self, dataset: DetectionDataset, transform: TestTransform, normalization: Normalization) -> None:
+        self.dataset, self.transform, self.normalization = dataset, transform, normalization
+
+    def __getitem__(self, indices: Sequence[int]) -> TestBatch | _Failure:
+        samples, sizes = [], []
+        try:
+            for index in indices:
+                sample = self.dataset[index]
+                sizes.append((int(sample.image.shape[0]), int(sample.image.shape[1])))
+                samples.append(self.transform(sample))
+        except DataError as error:
+            return _Failure(str(error))
+        return collate_test(samples, sizes, self.normalization)

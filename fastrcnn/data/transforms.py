@@ -1,0 +1,173 @@
+"""What happens to a training image before it is normalised: colour jitter, resize, flips.
+
+Pure functions ``(Sample, generator) -> Sample``: boxes and polygons move with the pixels, inputs are not changed, and
+all random numbers come from the generator, which the loader seeds from (seed, epoch, index of the image). Order and
+parameters are maskrcnn-benchmark's: ColorJitter, Resize, RandomHorizontalFlip, RandomVerticalFlip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+
+from fastrcnn.data.dataset import Sample
+from fastrcnn.structures import FLIP_LEFT_RIGHT, FLIP_TOP_BOTTOM
+from fastrcnn_kernels import resize_image
+
+Transform = Callable[[Sample, np.random.Generator], Sample]
+
+
+def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random numbers of one image in one epoch, whichever worker or rank draws them."""
+    key = np.random.SeedSequence((seed & 0xFFFFFFFFFFFFFFFF, epoch, index))
+    return np.random.Generator(np.random.Philox(key))
+
+
+def get_size(height: int, width: int, min_size: int, max_size: int | None = None) -> tuple[int, int]:
+    """The size to which maskrcnn-benchmark resizes an image: shortest edge ``min_size``, longest at most ``max_size``.
+
+    Its rounding is kept: where ``max_size`` decides, the short edge is rounded; the long edge is always truncated, so
+    that it may end up a pixel under ``max_size`` or, after rounding the short edge up, over it.
+
+    Returns:
+        (height, width) of the resized image; both at least 1.
+    """
+    size = min_size
+    if max_size is not None:
+        shortest, longest = float(min(height, width)), float(max(height, width))
+        if longest / shortest * size > max_size:
+            size = max(1, round(max_size * shortest / longest))
+    if (width <= height and width == size) or (height <= width and height == size):
+        return height, width
+    if width < height:
+        return int(size * height / width), size
+    return size, int(size * width / height)
+
+
+def resize(sample: Sample, size: tuple[int, int]) -> Sample:
+    """Resize to ``size`` (height, width): pixels by antialiased bilinear filtering, boxes and polygons by the ratios."""
+    height, width = size
+    if tuple(sample.image.shape[:2]) == (height, width):
+        return sample
+    return replace(sample, image=resize_image(sample.image, (height, width)), target=sample.target.resize((width, height)))
+
+
+def flip_left_right(sample: Sample) -> Sample:
+    """Mirror left and right."""
+    return replace(sample, image=sample.image.flip(1), target=sample.target.transpose(FLIP_LEFT_RIGHT))
+
+
+def flip_top_bottom(sample: Sample) -> Sample:
+    """Mirror top and bottom."""
+    return replace(sample, image=sample.image.flip(0), target=sample.target.transpose(FLIP_TOP_BOTTOM))
+
+
+def color_jitter(
+    sample: Sample,
+    generator: np.random.Generator,
+    *,
+    brightness: float = 0.0,
+    contrast: float = 0.0,
+    saturation: float = 0.0,
+    hue: float = 0.0,
+) -> Sample:
+    """Vary the colours, as torchvision's ColorJitter does on a Pillow image, in a random order of the four.
+
+    Args:
+        brightness, contrast, saturation: the factor is uniform in [max(0, 1 - value), 1 + value].
+        hue: the shift, in turns of the colour circle, is uniform in [-hue, hue]; at most 0.5.
+    """
+    operations: list[Callable[[Image.Image], Image.Image]] = []
+    for amount, enhancer in (
+        (brightness, ImageEnhance.Brightness),
+        (contrast, ImageEnhance.Contrast),
+        (saturation, ImageEnhance.Color),
+    ):
+        if amount > 0:
+            factor = _uniform(generator, max(0.0, 1.0 - amount), 1.0 + amount)
+            operations.append(lambda image, e=enhancer, f=factor: e(image).enhance(f))  # type: ignore[misc]
+    if hue > 0:
+        shift = _uniform(generator, -hue, hue)
+        operations.append(lambda image: _shift_hue(image, shift))
+    if not operations:
+        return sample
+    image = Image.fromarray(sample.image.numpy())
+    for position in np.argsort(generator.random(len(operations)), kind="stable"):
+        image = operations[position](image)
+    return replace(sample, image=torch.from_numpy(np.array(image)))
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """The training augmentation of maskrcnn-benchmark.
+
+    Args:
+        min_sizes: shortest edge, drawn for each image (``INPUT.MIN_SIZE_TRAIN``).
+        max_size: bound of the longest edge, or None.
+        horizontal_flip_prob, vertical_flip_prob: probability of each flip.
+        brightness, contrast, saturation, hue: see :func:`color_jitter`.
+    """
+
+    min_sizes: Sequence[int] = (800,)
+    max_size: int | None = 1333
+    horizontal_flip_prob: float = 0.5
+    vertical_flip_prob: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.min_sizes or min(self.min_sizes) < 1:
+            raise ValueError(f"TrainTransform: min_sizes must hold positive sizes, got {self.min_sizes!r}")
+        if self.hue > 0.5:
+            raise ValueError(f"TrainTransform: hue must be at most 0.5, got {self.hue}")
+
+    def __call__(self, sample: Sample, generator: np.random.Generator) -> Sample:
+        sample = color_jitter(
+            sample,
+            generator,
+            brightness=self.brightness,
+            contrast=self.contrast,
+            saturation=self.saturation,
+            hue=self.hue,
+        )
+        # Always the same number of draws, so that one setting does not change what another one draws.
+        choice, horizontal, vertical = generator.random(3)
+        min_size = self.min_sizes[int(choice * len(self.min_sizes))]
+        height, width = sample.image.shape[:2]
+        sample = resize(sample, get_size(height, width, min_size, self.max_size))
+        if horizontal < self.horizontal_flip_prob:
+            sample = flip_left_right(sample)
+        if vertical < self.vertical_flip_prob:
+            sample = flip_top_bottom(sample)
+        return sample
+
+
+@dataclass(frozen=True)
+class TestTransform:
+    """Resize only; the generator is not used."""
+
+    min_size: int = 800
+    max_size: int | None = 1333
+
+    __test__ = False  # pytest would take the class for tests
+
+    def __call__(self, sample: Sample, generator: np.random.Generator | None = None) -> Sample:
+        height, width = sample.image.shape[:2]
+        return resize(sample, get_size(height, width, self.min_size, self.max_size))
+
+
+def _uniform(generator: np.random.Generator, low: float, high: float) -> float:
+    return low + (high - low) * float(generator.random())
+
+
+def _shift_hue(image: Image.Image, shift: float) -> Image.Image:
+    hue, saturation, value = image.convert("HSV").split()
+    turned = np.array(hue).astype(np.int16) + int(shift * 255)
+    hue = Image.fromarray((turned % 256).astype(np.uint8))
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
