@@ -1,0 +1,192 @@
+"""Running a detector over a data set and judging what it found."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+
+from fastrcnn.engine.distributed import World
+from fastrcnn.engine.outputs import write_json
+from fastrcnn.engine.signals import StopSignals, iterate
+from fastrcnn.engine.step import autocast
+from fastrcnn.evaluation.coco import METRICS, CocoResults, detections_to_coco, evaluate_coco, masks_to_rle
+from fastrcnn.structures import BoxList, ImageList
+
+logger = logging.getLogger("fastrcnn.inference")
+
+
+class DetectionBatch(Protocol):
+    """What the loader yields: images, and what they were before they were resized."""
+
+    @property
+    def images(self) -> ImageList: ...
+    @property
+    def image_ids(self) -> list[int]: ...
+    @property
+    def indices(self) -> list[int]: ...
+    @property
+    def original_sizes(self) -> list[tuple[int, int]]: ...
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was found in one image.
+
+    Attributes:
+        index, image_id: of the image in the data set.
+        found: boxes, scores and labels in the frame of the original image, on the host.
+        masks: COCO RLE of each detection in the original image; None from a model without masks.
+    """
+
+    index: int
+    image_id: int
+    found: BoxList
+    masks: list[dict[str, Any]] | None
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    batches: Iterable[DetectionBatch],
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    stop: StopSignals | None = None,
+) -> tuple[list[Prediction], float]:
+    """Run ``model`` in evaluation mode over ``batches``.
+
+    Boxes are scaled plainly to the original image (maskrcnn-benchmark: ``prediction.resize``), masks are pasted there.
+
+    Returns:
+        The predictions in the order of the batches, and the seconds spent in the model.
+
+    Raises:
+        Stopped: if ``stop`` was signalled.
+    """
+    model.eval()
+    predictions: list[Prediction] = []
+    seconds = 0.0
+    for batch in iterate(batches):
+        if stop is not None:
+            stop.check("while evaluating")
+        started = time.perf_counter()
+        with autocast(device, dtype):
+            detections: list[BoxList] = model(batch.images.to(device, non_blocking=True))
+        found_on_host = [found.to("cpu") for found in detections]
+        seconds += time.perf_counter() - started
+        for found, image_id, index, size in zip(
+            found_on_host, batch.image_ids, batch.indices, batch.original_sizes, strict=True
+        ):
+            predictions.append(in_original_image(found, image_id, index, size))
+    return predictions, seconds
+
+
+def in_original_image(found: BoxList, image_id: int, index: int, size: tuple[int, int]) -> Prediction:
+    """Detections in the frame of the network's input, taken to the original image of ``size`` (height, width)."""
+    height, width = size
+    resized = found.resize((width, height)).convert("xyxy")
+    masks = None
+    if isinstance(resized.masks, Tensor):
+        masks = masks_to_rle(resized.masks.float(), resized.boxes.float(), (height, width))
+    plain = BoxList(resized.boxes.float(), resized.size, labels=resized.labels, scores=resized.scores)
+    return Prediction(index, image_id, plain, masks)
+
+
+def evaluate_dataset(
+    model: nn.Module,
+    batches: Iterable[DetectionBatch],
+    *,
+    name: str,
+    num_images: int,
+    annotation_file: Path,
+    label_to_category_id: Mapping[int, int],
+    output_dir: Path,
+    world: World,
+    dtype: torch.dtype = torch.float32,
+    stop: StopSignals | None = None,
+    about: Mapping[str, Any] | None = None,
+    draw: Callable[[Sequence[Prediction], Path], None] | None = None,
+) -> CocoResults:
+    """Detect in every image of a data set, write the detections and evaluate them. All ranks call it.
+
+    Writes ``bbox.json``, ``segm.json`` (COCO results) and ``summary.json`` to ``output_dir``.
+
+    Args:
+        name: of the data set, for the log.
+        batches: this rank's share; over the ranks each image exactly once.
+        about: entries for ``summary.json``, such as the iteration.
+        draw: draws some of the predictions into a folder (rank 0).
+
+    Returns:
+        The same results on all ranks.
+    """
+    logger.info("Start evaluation on %s dataset(%d images).", name, num_images)
+    started = time.perf_counter()
+    mine, model_seconds = predict(model, batches, device=world.device, dtype=dtype, stop=stop)
+    gathered = world.gather(mine)
+    _log_time("Total run time", time.perf_counter() - started, num_images, world.size)
+    _log_time("Model inference time", model_seconds, num_images, world.size)
+
+    def judge() -> CocoResults:
+        assert gathered is not None
+        predictions = sorted((p for part in gathered for p in part), key=lambda p: p.index)
+        results = detections_to_coco([(p.image_id, p.found, p.masks) for p in predictions], label_to_category_id)
+        for kind, detections in results.items():
+            write_json(output_dir / f"{kind}.json", detections)
+        found = evaluate_coco(annotation_file, results)
+        summary = {
+            "dataset": name,
+            "num_images": num_images,
+            "num_detections": len(results["bbox"]),
+            **(about or {}),
+            "results": found.to_dict(),
+        }
+        write_json(output_dir / "summary.json", summary)
+        if draw is not None:
+            draw(predictions, output_dir / "images")
+        logger.info("\n%s", found)
+        return found
+
+    return world.on_main(judge)
+
+
+def as_metrics(results: CocoResults) -> dict[str, float]:
+    """``{"bbox/AP": 0.37, ..., "segm/APl": 0.5}``."""
+    return {f"{kind}/{metric}": stats[metric] for kind, stats in results.stats.items() for metric in METRICS}
+
+
+def decode_masks(prediction: Prediction) -> list[np.ndarray] | None:
+    """The masks of a prediction as bool bitmaps [height, width] of the original image."""
+    if prediction.masks is None:
+        return None
+    return [coco_mask.decode(rle).astype(bool) for rle in prediction.masks]
+
+
+def result_folders(names: Sequence[str]) -> list[str]:
+    """A folder name for each data set: the name in the catalog, or that of the annotation file without ``.json``."""
+    folders: list[str] = []
+    for name in names:
+        folder = Path(name.split("@", 1)[0]).stem if "@" in name else name.replace("/", "_")
+        same = sum(taken == folder or taken.startswith(f"{folder}.") for taken in folders)
+        folders.append(f"{folder}.{same + 1}" if same else folder)
+    return folders
+
+
+def _log_time(what: str, seconds: float, num_images: int, num_devices: int) -> None:
+    logger.info(
+        "%s: %s (%.6g s / img per device, on %d devices)",
+        what,
+        datetime.timedelta(seconds=int(seconds)),
+        seconds * num_devices / max(1, num_images),
+        num_devices,
+    )
