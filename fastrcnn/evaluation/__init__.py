@@ -5,14 +5,14 @@ from fastrcnn.evaluation.coco import (
     EvaluationError,
     check_expected,
     detections_to_coco,
-    encode_mask,
     evaluate_coco,
-    masks_to_rle,
 )
+from fastrcnn.evaluation.rle import RleMasks, encode_mask, masks_to_rle
 
 __all__ = [
     "CocoResults",
     "EvaluationError",
+    "RleMasks",
     "check_expected",
     "detections_to_coco",
     "encode_mask",

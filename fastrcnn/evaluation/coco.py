@@ -18,15 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor
 
 from fastrcnn.structures import BoxList
-from fastrcnn_kernels import paste_masks
 
 IOU_TYPES = ("bbox", "segm")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -70,41 +66,6 @@ class CocoResults:
         for kind, stats in self.stats.items():
             lines += [f"Task: {kind}", ", ".join(METRICS), ", ".join(f"{stats[name]:.4f}" for name in METRICS)]
         return "".join(line + "\n" for line in lines)
-
-
-def masks_to_rle(
-    mask_probs: Tensor, boxes: Tensor, image_size: tuple[int, int], *, threshold: float = 0.5, padding: int = 1
-) -> list[dict[str, Any]]:
-    """Paste mask probabilities into the image and encode each as COCO RLE.
-
-    maskrcnn-benchmark's ``Masker(threshold=0.5, padding=1)`` followed by pycocotools' ``encode``. One mask is pasted
-    at a time, so that memory is one image's bitmap however many detections there are.
-
-    Args:
-        mask_probs: float [n, 1, M, M] or [n, M, M] in [0, 1], in the frame of the box.
-        boxes: float [n, 4], (x1, y1, x2, y2) in pixels of the image; they may stick out of it.
-        image_size: (height, width) of the image.
-        threshold: a pixel belongs to the mask where the pasted probability is above it.
-        padding: cells of zeros around the mask before it is resized.
-
-    Returns:
-        ``[{"size": [height, width], "counts": str}]``, ready for json.
-    """
-    mask_probs = mask_probs.detach().reshape(len(boxes), *mask_probs.shape[-2:])
-    encoded = []
-    for i in range(len(boxes)):
-        one = slice(i, i + 1)
-        pasted = paste_masks(mask_probs[one], boxes[one].detach(), image_size, threshold=threshold, padding=padding)
-        encoded.append(encode_mask(pasted[0]))
-    return encoded
-
-
-def encode_mask(mask: Tensor | np.ndarray) -> dict[str, Any]:
-    """A bitmap [height, width] as COCO RLE with ``counts`` as str, so that json takes it."""
-    if isinstance(mask, Tensor):
-        mask = mask.to(device="cpu", dtype=torch.uint8).numpy()
-    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8, copy=False)))
-    return {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
 def detections_to_coco(
