@@ -108,11 +108,19 @@ class CocoDataset:
         images, table = self._images, self._instances
         size = (int(images.widths[index]), int(images.heights[index]))
         span = slice(int(self._first[index]), int(self._first[index + 1]))
+        masks = None
+        if self.has_masks:
+            try:
+                masks = SegmentationMask.from_coco(table.segmentations(span), size)
+            except ValueError as error:
+                raise DataError(
+                    f"{self.annotation_file}: an RLE of image {int(images.ids[index])} cannot be decoded: {error}"
+                ) from None
         return BoxList(
             boxes=torch.from_numpy(table.boxes[span].copy()),
             size=size,
             labels=torch.from_numpy(table.labels[span].astype(np.int64)),
-            masks=SegmentationMask.from_coco(table.segmentations(span), size) if self.has_masks else None,
+            masks=masks,
         )
 
     def image_info(self, index: int) -> ImageInfo:
@@ -160,6 +168,10 @@ class CocoDataset:
             self.num_classes - 1,
             f"; left out: {left_out}" if left_out else "",
         )
+        without = self._instances.num_without_mask
+        if self.has_masks and without:
+            # Kept as in maskrcnn-benchmark: their boxes are good, but their masks are learnt as empty.
+            logger.warning("%s: %d instances have a box but no mask", self.name, without)
 
     def __repr__(self) -> str:
         return f"CocoDataset({self.name}, num_images={len(self)}, num_instances={self.num_instances})"
@@ -179,9 +191,7 @@ def _categories(content: dict, path: Path) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
-def _keep_images(
-    images: ImageTable, instances: InstanceTable, keep: np.ndarray
-) -> tuple[ImageTable, InstanceTable]:
+def _keep_images(images: ImageTable, instances: InstanceTable, keep: np.ndarray) -> tuple[ImageTable, InstanceTable]:
     new_index = np.cumsum(keep) - 1
     rows = np.flatnonzero(keep[instances.image])
     instances = instances.take(rows)

@@ -6,6 +6,7 @@ import json
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ _NO_EXTENT = "boxes that are NaN, infinite or without positive width and height"
 _OUTSIDE = "boxes outside the image or at most one pixel wide or high"
 _SHORT = "polygons of fewer than 3 points"
 _MALFORMED = "polygons with an odd number of coordinates, NaN or infinity"
+
+# Six bits a character, from "0" on; pycocotools decodes anything else to nonsense without complaint.
+_RLE_LETTERS = "".join(map(chr, range(48, 48 + 64)))
 
 
 class StringTable(Sequence[str]):
@@ -81,6 +85,11 @@ class InstanceTable:
     def has_masks(self) -> bool:
         return len(self.vertices) > 0 or len(self.rle) > 0
 
+    @property
+    def num_without_mask(self) -> int:
+        """How many instances have neither a polygon nor an RLE."""
+        return int(((np.diff(self.polygon_ends) == 0) & (np.diff(self.rle_ends) == 0)).sum())
+
     def take(self, rows: np.ndarray) -> InstanceTable:
         polygons, polygon_ends = _take_ranges(self.polygon_ends, rows)
         vertices, vertex_ends = _take_ranges(self.vertex_ends, polygons)
@@ -106,7 +115,7 @@ class InstanceTable:
                 result.append({"size": self.rle_size[i].tolist(), "counts": counts})
             else:
                 ends = self.vertex_ends[self.polygon_ends[i] : self.polygon_ends[i + 1] + 1]
-                result.append([self.vertices[a:b].reshape(-1) for a, b in zip(ends[:-1], ends[1:], strict=True)])
+                result.append([self.vertices[a:b].reshape(-1) for a, b in pairwise(ends)])
         return result
 
 
@@ -125,7 +134,9 @@ def read_json(path: Path) -> tuple[bytes, dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not valid JSON: byte {error.start} is not UTF-8") from None
     if not isinstance(content, dict):
-        raise DataError(f"{path}: expected an object with 'images', 'annotations' and 'categories', got a list or value")
+        raise DataError(
+            f"{path}: expected an object with 'images', 'annotations' and 'categories', got a list or value"
+        )
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list):
             raise DataError(f"{path}: needs a list '{key}' (COCO annotation format)")
@@ -143,7 +154,7 @@ def parse_images(content: Mapping[str, Any], path: Path) -> ImageTable:
         if not isinstance(image, dict) or not _is_integer(image.get("id")):
             raise DataError(f"{path}: images[{position}] needs an integer 'id'")
         height, width, name = image.get("height"), image.get("width"), image.get("file_name")
-        if not _is_integer(height) or not _is_integer(width) or height < 1 or width < 1:
+        if not (_is_positive_integer(height) and _is_positive_integer(width)):
             raise DataError(f"{path}: image {image['id']} needs a positive integer 'height' and 'width'")
         if not isinstance(name, str) or not name:
             raise DataError(f"{path}: image {image['id']} needs a 'file_name'")
@@ -280,6 +291,8 @@ def _compress(segmentation: Mapping[str, Any], size: tuple[int, int], called: st
             f"{called} has an RLE of size {segmentation.get('size')}, but its image is {list(size)} (height, width)"
         )
     if isinstance(counts, str):
+        if counts.strip(_RLE_LETTERS):
+            raise DataError(f"{called} has an RLE whose 'counts' hold characters that no RLE has")
         return counts.encode()
     if not isinstance(counts, list) or not all(_is_integer(count) and count >= 0 for count in counts):
         raise DataError(f"{called} has an RLE whose 'counts' are neither a string nor a list of numbers")
@@ -296,6 +309,10 @@ def _called(annotation: Any, position: int) -> str:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive_integer(value: Any) -> bool:
+    return _is_integer(value) and value > 0
 
 
 def _all_finite(polygon: Sequence[Any]) -> bool:

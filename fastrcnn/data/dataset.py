@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
@@ -70,10 +70,10 @@ class DetectionDataset(Protocol):
 
 
 class ConcatDataset:
-    """Several data sets as one, in the given order.
+    """Several data sets as one, in the given order; targets have masks only if those of all data sets have.
 
     Raises:
-        DataError: the data sets do not agree on their classes, or only some of them have masks.
+        DataError: the data sets do not agree on their classes.
     """
 
     def __init__(self, datasets: Sequence[DetectionDataset]) -> None:
@@ -85,7 +85,6 @@ class ConcatDataset:
             for name, mine, theirs in (
                 ("classes", first.class_names, dataset.class_names),
                 ("category ids", first.label_to_category_id, dataset.label_to_category_id),
-                ("masks", first.has_masks, dataset.has_masks),
             ):
                 if mine != theirs:
                     raise DataError(
@@ -94,7 +93,7 @@ class ConcatDataset:
                     )
         self.class_names = first.class_names
         self.label_to_category_id = first.label_to_category_id
-        self.has_masks = first.has_masks
+        self.has_masks = all(dataset.has_masks for dataset in self.datasets)
         self._ends = np.cumsum([len(dataset) for dataset in self.datasets]).tolist()
 
     @property
@@ -114,7 +113,8 @@ class ConcatDataset:
     def __getitem__(self, index: int) -> Sample:
         which, inner = self.locate(index)
         sample = self.datasets[which][inner]
-        return Sample(sample.image, sample.target, sample.image_id, index)
+        target = sample.target if self.has_masks else replace(sample.target, masks=None)
+        return Sample(sample.image, target, sample.image_id, index)
 
     def image_info(self, index: int) -> ImageInfo:
         which, inner = self.locate(index)

@@ -70,7 +70,9 @@ def _decode_with_pillow(data: bytes, path: str | Path) -> np.ndarray:
         raise DataError(f"image file {path} is not an image that Pillow can read ({len(data)} bytes)") from None
     # Pillow's decoders raise all of these on damaged files, depending on the format.
     except (OSError, ValueError, SyntaxError, IndexError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"image file {path} is damaged: {str(error).splitlines()[0] if str(error) else error!r}") from None
+        raise DataError(
+            f"image file {path} is damaged: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from None
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

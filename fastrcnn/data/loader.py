@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -40,7 +40,7 @@ class Loader(Generic[B]):
         for item in self._batches:
             if isinstance(item, _Failure):
                 raise DataError(item.message)
-            yield item.unpack() if isinstance(item, PackedBatch) else item
+            yield cast(B, item.unpack() if isinstance(item, PackedBatch) else item)
 
 
 def make_train_loader(
@@ -86,7 +86,11 @@ def make_train_loader(
         seed=seed,
     )
     steps = _TrainSteps(schedule, share, range(start_step, max(start_step, num_steps)))
-    return Loader(_data_loader(_TrainBatches(dataset, transform, normalization, seed), steps, num_workers, pin_memory, prefetch_factor))
+    return Loader(
+        _data_loader(
+            _TrainBatches(dataset, transform, normalization, seed), steps, num_workers, pin_memory, prefetch_factor
+        )
+    )
 
 
 def make_test_loader(

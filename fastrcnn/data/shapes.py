@@ -63,7 +63,8 @@ def annotate(shape: Shape) -> dict[str, Any]:
     """``segmentation``, ``bbox`` and ``area`` of a shape, consistent with each other and with its visible pixels.
 
     The polygon is the drawn outline where that rasterises to the visible pixels but for a little rounding, else (the
-    shape is partly covered, cut by the border or very thin) the outline of the pixels, a polygon for each connected part.
+    shape is partly covered, cut by the border or very thin) the outline of the pixels, a polygon for each connected
+    part.
     """
     height, width = shape.full.shape
     polygons = [shape.outline]
@@ -181,22 +182,31 @@ def _agreement(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
 
 def _connected_parts(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
     """The parts of a mask whose pixels touch along an edge, in reading order."""
-    height, width = mask.shape
-    none = height * width
-    labels = np.where(mask, np.arange(none).reshape(mask.shape), none)
-    while True:
-        # Every pixel takes the smallest label around it, until each part has the label of its first pixel.
-        padded = np.pad(labels, 1, constant_values=none)
-        around = np.minimum.reduce([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:], labels])
-        around = np.where(mask, around, none)
-        if np.array_equal(around, labels):
-            return [labels == label for label in np.unique(labels[mask])]
-        labels = around
+    padded = np.pad(mask, 1)
+    row = padded.shape[1]
+    left = bytearray(padded.tobytes())
+    parts = []
+    start = left.find(1)
+    while start >= 0:
+        left[start] = 0
+        pixels = [start]
+        for pixel in pixels:  # grows while it is walked
+            for neighbour in (pixel - 1, pixel + 1, pixel - row, pixel + row):
+                if left[neighbour]:
+                    left[neighbour] = 0
+                    pixels.append(neighbour)
+        part = np.zeros(padded.size, dtype=bool)
+        part[pixels] = True
+        parts.append(part.reshape(padded.shape)[1:-1, 1:-1])
+        start = left.find(1, start)
+    return parts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns 0, or 2 for a wrong argument."""
-    parser = argparse.ArgumentParser(prog="python -m fastrcnn.data.shapes", description="Generate the data set 'shapes'.")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastrcnn.data.shapes", description="Generate the data set 'shapes'."
+    )
     parser.add_argument("--output", required=True, help="folder to write; must be empty or new")
     parser.add_argument("--num-train", type=int, default=400, help="training images (%(default)s)")
     parser.add_argument("--num-val", type=int, default=100, help="validation images (%(default)s)")

@@ -49,11 +49,13 @@ def get_size(height: int, width: int, min_size: int, max_size: int | None = None
 
 
 def resize(sample: Sample, size: tuple[int, int]) -> Sample:
-    """Resize to ``size`` (height, width): pixels by antialiased bilinear filtering, boxes and polygons by the ratios."""
+    """Resize to ``size`` (height, width): pixels by antialiased bilinear filtering, ground truth by the ratios."""
     height, width = size
     if tuple(sample.image.shape[:2]) == (height, width):
         return sample
-    return replace(sample, image=resize_image(sample.image, (height, width)), target=sample.target.resize((width, height)))
+    return replace(
+        sample, image=resize_image(sample.image, (height, width)), target=sample.target.resize((width, height))
+    )
 
 
 def flip_left_right(sample: Sample) -> Sample:
