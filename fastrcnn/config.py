@@ -33,7 +33,7 @@ from fastrcnn.config_docs import KEYS_WITHOUT_EFFECT, example, expected, is_own,
 from fastrcnn.config_schema import Config, Name
 from fastrcnn.config_yaml import ConfigError, Setting, read_settings
 
-__all__ = ["Config", "ConfigError", "ConfigWarning", "dump_config", "load_config", "require_device", "with_overrides"]
+__all__ = ["Config", "ConfigError", "ConfigWarning", "dump_config", "load_config", "with_overrides"]
 
 COMMAND_LINE = "command line"
 _KEY_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
@@ -90,24 +90,6 @@ def dump_config(cfg: Config, *, own_keys: bool = True) -> str:
                 value = int(value)  # a whole number upstream, whose reader refuses 2.0 there
             section[leaf] = value
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True, width=110)
-
-
-def require_device(cfg: Config) -> None:
-    """Raise ConfigError if this machine does not have ``MODEL.DEVICE``; for the entry points, before any work."""
-    import torch
-
-    device = cfg.MODEL.DEVICE
-    if device.startswith("cpu"):
-        return
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
-        raise ConfigError(
-            f"MODEL.DEVICE is {device}, but PyTorch {torch.__version__} sees no CUDA device here; "
-            "add `MODEL.DEVICE cpu` to run on the CPU"
-        )
-    index = int(device.partition(":")[2] or 0)
-    if index >= count:
-        raise ConfigError(f"MODEL.DEVICE is {device}, but there are {count} CUDA devices (cuda:0 to cuda:{count - 1})")
 
 
 def _lookup(cfg: Config, name: str) -> Any:
@@ -263,18 +245,31 @@ def _check_name(name: str, where: str) -> None:
         if parent in leaves():
             raise ConfigError(f"{where}: {parent} is a key, not a section; it takes {expected(leaves()[parent])}")
         parent = parent.rpartition(".")[0]
-    nearest = _nearest_key(name)
-    advice = f"did you mean {nearest}?" if nearest else "`python -m fastrcnn.config` prints all keys"
-    raise ConfigError(f"{where}: unknown key {name}; {advice}")
+    raise ConfigError(f"{where}: unknown key {name}; {_advice(name)}")
 
 
-def _nearest_key(name: str) -> str | None:
-    """The most similar full name; the key of the same last part first (BASE_LR, SOLVER.NMS_THRESH)."""
-    wanted = name.upper()
+def _advice(name: str) -> str:
+    """What an unknown key was probably meant to be.
+
+    First the key of the same last part (BASE_LR), then the one next to it in the section that was named, then the
+    most similar full name. Full names alone would mislead: their common beginning counts as similarity.
+    """
     known = [*leaves(), *sections()]
-    same_end = [key for key in known if key.rpartition(".")[2] == wanted.rpartition(".")[2]]
-    close = difflib.get_close_matches(wanted, same_end, n=1, cutoff=0.0)
-    return next(iter(close or difflib.get_close_matches(wanted, known, n=1)), None)
+    parent, _, last = name.upper().rpartition(".")
+    same_end = [key for key in known if key.rpartition(".")[2] == last]
+    siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == parent]
+    beside = difflib.get_close_matches(last, siblings, n=1)
+    others = [key for key in known if not name.upper().startswith(key + ".")]
+    nearest = (
+        difflib.get_close_matches(name.upper(), same_end, n=1, cutoff=0.0)
+        or [f"{parent}.{key}" if parent else key for key in beside]
+        or difflib.get_close_matches(name.upper(), others, n=1, cutoff=0.8)
+    )
+    if nearest:
+        return f"did you mean {nearest[0]}?"
+    if parent in sections():
+        return f"{parent} has {', '.join(siblings)}"
+    return "`python -m fastrcnn.config` prints all keys"
 
 
 def _explain(error: ValidationError, latest: dict[str, Setting]) -> str:
@@ -358,7 +353,7 @@ _Dumper.add_representer(
 
 
 def main(argv: Sequence[str]) -> int:
-    """``python -m fastrcnn.config [FILE] [KEY VALUE ...]``: print the effective configuration; returns the exit code."""
+    """``python -m fastrcnn.config [FILE] [KEY VALUE ...]``: print the effective configuration; exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m fastrcnn.config",
         description="Print the effective configuration: the defaults, then FILE, then the KEY VALUE pairs.",
@@ -372,7 +367,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.write(markdown())
         return 0
     path, overrides = arguments.file, arguments.overrides
-    if path is not None and path.partition("=")[0] in leaves():
+    if path is not None and _KEY_PATTERN.fullmatch(path.partition("=")[0]) and not path.endswith((".yaml", ".yml")):
         path, overrides = None, [path, *overrides]
     try:
         sys.stdout.write(dump_config(load_config(path, overrides)))

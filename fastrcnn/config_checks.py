@@ -7,6 +7,7 @@ message about shapes, or train something that was not meant.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ def _is_pyramid(cfg: Config) -> bool:
 
 def _solver(cfg: Config) -> Iterator[Problem]:
     steps = cfg.SOLVER.STEPS
-    if any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
+    if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
         yield ("SOLVER.STEPS",), f"SOLVER.STEPS must increase, got {steps}"
 
 
@@ -232,13 +233,14 @@ def _mask_head(cfg: Config) -> Iterator[Problem]:
     model, head = cfg.MODEL, cfg.MODEL.ROI_MASK_HEAD
     if not model.MASK_ON:
         return
+    extractor: str
     if head.SHARE_BOX_FEATURE_EXTRACTOR:
         yield from _sharing(cfg, "ROI_MASK_HEAD")
         extractor, pooled = model.ROI_BOX_HEAD.FEATURE_EXTRACTOR, model.ROI_BOX_HEAD.POOLER_RESOLUTION
     else:
         yield from _pooler(cfg, "ROI_MASK_HEAD", head.POOLER_SCALES)
         if _is_pyramid(cfg) != (head.FEATURE_EXTRACTOR == "MaskRCNNFPNFeatureExtractor") and (
-            _is_pyramid(cfg) or not model.BACKBONE.CONV_BODY == "FBNet"
+            _is_pyramid(cfg) or model.BACKBONE.CONV_BODY != "FBNet"
         ):
             wanted = "MaskRCNNFPNFeatureExtractor" if _is_pyramid(cfg) else "ResNet50Conv5ROIFeatureExtractor"
             yield (
@@ -273,6 +275,6 @@ def _keypoint_head(cfg: Config) -> Iterator[Problem]:
     if head.FEATURE_EXTRACTOR == "KeypointRCNNFeatureExtractor" and head.RESOLUTION != predicted:
         yield (
             ("MODEL.ROI_KEYPOINT_HEAD.RESOLUTION", "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION"),
-            f"MODEL.ROI_KEYPOINT_HEAD.RESOLUTION is {head.RESOLUTION}, but the head predicts {predicted} x {predicted}; "
-            f"set MODEL.ROI_KEYPOINT_HEAD.RESOLUTION {predicted}",
+            f"MODEL.ROI_KEYPOINT_HEAD.RESOLUTION is {head.RESOLUTION}, but the head predicts {predicted} x "
+            f"{predicted}; set MODEL.ROI_KEYPOINT_HEAD.RESOLUTION {predicted}",
         )

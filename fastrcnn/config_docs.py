@@ -96,7 +96,7 @@ def _describe(annotation: Any, metadata: list[Any], plural: bool = False) -> str
     if pattern == r"^(cpu|cuda(:\d+)?)$":
         return "cpu, cuda or cuda:N"
     singular, many = {
-        bool: ("True or False", "True or False"),
+        bool: ("True or False", "values True or False"),
         int: ("a whole number", "whole numbers"),
         float: ("a number", "numbers"),
         str: ("a string", "strings"),
@@ -116,9 +116,7 @@ def _describe_tuple(items: tuple[Any, ...], metadata: list[Any]) -> str:
         return f"a list of{least} {_describe(items[0], [], plural=True)}"
     kinds = [_describe(item, [], plural=True) for item in items]
     if len(set(kinds)) == 1:
-        return (
-            f"a list of {len(items)} {kinds[0]}" if "True" not in kinds[0] else f"a list of {len(items)} True or False"
-        )
+        return f"a list of {len(items)} {kinds[0]}"
     return "a list of " + ", ".join(_describe(item, []) for item in items)
 
 
@@ -148,7 +146,7 @@ def markdown() -> str:
         for name in groups[group]:
             field = leaves()[name]
             mark = " (ours)" if is_own(field) else ""
-            effect = " **No effect.**" if name in KEYS_WITHOUT_EFFECT else ""
+            effect = ". **No effect.**" if name in KEYS_WITHOUT_EFFECT else ""
             cells = (
                 f"`{name}`{mark}",
                 f"`{example(field)}`",
@@ -167,8 +165,8 @@ INTRODUCTION = """# Configuration
 
 <!-- Written by `python -m fastrcnn.config --markdown > docs/configuration.md`; edit fastrcnn/config_docs.py. -->
 
-The keys are those of maskrcnn-benchmark, with the same names and defaults, so its YAML files work unchanged. Keys marked
-*(ours)* are additions. A run is configured by one YAML file and by keys on the command line, which win:
+The keys are those of maskrcnn-benchmark, with the same names and defaults, so its YAML files work unchanged. Keys
+marked *(ours)* are additions. A run is configured by one YAML file and by keys on the command line, which win:
 
     python -m fastrcnn.train --config-file configs/e2e_mask_rcnn_R_50_FPN_1x.yaml \\
         SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.0025 SOLVER.STEPS "(480000, 640000)" MODEL.DEVICE=cpu
@@ -177,8 +175,8 @@ The keys are those of maskrcnn-benchmark, with the same names and defaults, so i
   `"('coco_2014_train',)"`. `1e-3` is a number, also where YAML takes it for text.
 * `_BASE_: other.yaml` at the top of a file reads that file first; the path is relative to the file it stands in.
 * An unknown key, a value of the wrong kind, a key twice in a file and keys that contradict each other are errors. The
-  message names the key and the file and line.
-* `python -m fastrcnn.config FILE [KEY VALUE ...]` prints the effective configuration, which is also what a run writes to
+  message names the key, and the file and line.
+* `python -m fastrcnn.config FILE [KEY VALUE ...]` prints the effective configuration. A run writes the same text to
   `OUTPUT_DIR/config.yml`.
 * `MODEL.DEVICE` is `cuda`, as upstream. Where PyTorch sees no CUDA device the commands stop with exit code 2 and say to
   add `MODEL.DEVICE cpu`; nothing falls back silently.

@@ -30,20 +30,9 @@ Ints = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 Positives = Annotated[tuple[Positive, ...], Field(min_length=1)]
 Blocks = tuple[Any, ...]
 
-ConvBody = Literal[
-    "R-50-C4",
-    "R-50-C5",
-    "R-101-C4",
-    "R-101-C5",
-    "R-18-FPN",
-    "R-34-FPN",
-    "R-50-FPN",
-    "R-101-FPN",
-    "R-152-FPN",
-    "R-50-FPN-RETINANET",
-    "R-101-FPN-RETINANET",
-    "FBNet",
-]
+C4Body = Literal["R-50-C4", "R-50-C5", "R-101-C4", "R-101-C5"]
+FpnBody = Literal["R-18-FPN", "R-34-FPN", "R-50-FPN", "R-101-FPN", "R-152-FPN"]
+ConvBody = Literal[C4Body, FpnBody, "R-50-FPN-RETINANET", "R-101-FPN-RETINANET", "FBNet"]
 TransFunc = Literal[
     "BottleneckWithFixedBatchNorm", "BottleneckWithGN", "BasicBlockWithFixedBatchNorm", "BasicBlockWithGN"
 ]
@@ -116,9 +105,7 @@ class RpnConfig(Section):
     POST_NMS_TOP_N_TEST: PositiveInt = key(1000, "Proposals kept after NMS in evaluation; with FPN per level")
     NMS_THRESH: Fraction = key(0.7, "IoU above which NMS drops the lower-scored proposal")
     MIN_SIZE: NonNegative = key(0, "Proposals with a smaller side (pixels of the network input) are dropped")
-    FPN_POST_NMS_TOP_N_TRAIN: PositiveInt = key(
-        2000, "Proposals kept over all levels in training (see FPN_POST_NMS_PER_BATCH)"
-    )
+    FPN_POST_NMS_TOP_N_TRAIN: PositiveInt = key(2000, "Proposals kept over all levels in training")
     FPN_POST_NMS_TOP_N_TEST: PositiveInt = key(2000, "Proposals kept over all levels of an image in evaluation")
     FPN_POST_NMS_PER_BATCH: Bool = key(
         True, "FPN_POST_NMS_TOP_N_TRAIN counts over the images of one process together, not per image"
@@ -206,7 +193,9 @@ class ResnetsConfig(Section):
     STEM_FUNC: StemFunc = key("StemWithFixedBatchNorm", "First convolution and its normalisation")
     RES5_DILATION: Literal[1, 2] = key(1, "Dilation of the last stage; 2 keeps its stride at 16")
     BACKBONE_OUT_CHANNELS: PositiveInt = key(1024, "Channels that the backbone hands on: 1024 for C4, 256 for FPN")
-    RES2_OUT_CHANNELS: PositiveInt = key(256, "Channels of the first stage; doubles with each stage")
+    RES2_OUT_CHANNELS: PositiveInt = key(
+        256, "Output channels of the first stage of bottlenecks; doubles with each stage"
+    )
     STEM_OUT_CHANNELS: PositiveInt = key(64, "Channels of the stem")
     STAGE_WITH_DCN: tuple[Bool, Bool, Bool, Bool] = key(
         (False, False, False, False), "Deformable convolutions in stages 2 to 5"
@@ -276,7 +265,7 @@ class ModelConfig(Section):
     DEVICE: Annotated[str, Field(strict=True, pattern=r"^(cpu|cuda(:\d+)?)$")] = key(
         "cuda", "cuda, cuda:N or cpu; without a CUDA device the commands stop and ask for MODEL.DEVICE cpu"
     )
-    META_ARCHITECTURE: Literal["GeneralizedRCNN"] = key("GeneralizedRCNN", "There is one")
+    META_ARCHITECTURE: Literal["GeneralizedRCNN"] = key("GeneralizedRCNN", "The only one there is")
     CLS_AGNOSTIC_BBOX_REG: Bool = key(False, "One box regression for all classes")
     WEIGHT: Str = key("", "Weights to start from: a file, a URL or catalog://NAME; empty = random")
     CONVENTION: Literal["maskrcnn_benchmark", "detectron2", "torchvision"] = own(

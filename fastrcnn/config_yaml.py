@@ -17,6 +17,9 @@ import yaml
 class ConfigError(ValueError):
     """A configuration that cannot be used. The message is one line: where, which key, what was wrong, what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # a quoted key may hold line breaks
+
 
 @dataclass(frozen=True)
 class Setting:
