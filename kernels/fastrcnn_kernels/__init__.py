@@ -5,7 +5,10 @@ from fastrcnn_kernels.anchors import anchors_inside_image, cell_anchors, grid_an
 from fastrcnn_kernels.box_coder import decode_boxes, encode_boxes
 from fastrcnn_kernels.boxes import box_area, box_iou, clip_boxes_to_image, is_large_enough, remove_small_boxes
 from fastrcnn_kernels.losses import smooth_l1_loss
+from fastrcnn_kernels.masks import mask_targets, paste_masks
 from fastrcnn_kernels.matcher import match_boxes
+from fastrcnn_kernels.preprocess import preprocess_images, resize_image
+from fastrcnn_kernels.nms import batched_nms, nms, nms_padded
 from fastrcnn_kernels.roi_align import MultiScaleRoIAlign, RoIAlign, assign_levels, multiscale_roi_align, roi_align
 from fastrcnn_kernels.sampler import image_seeds, sample_balanced
 
@@ -15,6 +18,7 @@ __all__ = [
     "anchors_inside_image",
     "assign_levels",
     "backend_report",
+    "batched_nms",
     "box_area",
     "box_iou",
     "cell_anchors",
@@ -25,9 +29,15 @@ __all__ = [
     "grid_anchors",
     "image_seeds",
     "is_large_enough",
+    "mask_targets",
     "match_boxes",
     "multiscale_roi_align",
+    "paste_masks",
+    "preprocess_images",
     "remove_small_boxes",
+    "resize_image",
+    "nms",
+    "nms_padded",
     "roi_align",
     "sample_balanced",
     "set_backend",
