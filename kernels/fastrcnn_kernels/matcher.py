@@ -19,10 +19,12 @@ from fastrcnn_kernels.boxes import _at_least_float32, _check_boxes, _check_offse
 BELOW_LOW_THRESHOLD = -1
 BETWEEN_THRESHOLDS = -2
 
-# Elements of one [N, G, chunk] intermediate. On a CPU the handful that is alive at once should stay in the L2 cache;
-# elsewhere a launch should be worth its while. A bound on memory in both cases: 1.25 G pairs never exist at once.
-CPU_CHUNK_ELEMENTS = 1 << 17
+# Elements of one [N, G, chunk] intermediate, of which three are alive. On a CPU they should stay in the cache,
+# elsewhere a launch should be worth its while. It bounds the memory too: 5000 x 250,000 pairs never exist at once.
+# Chunks are not narrower than MIN_CHUNK boxes, below which the inner loops are too short to be vectorised.
+CPU_CHUNK_ELEMENTS = 1 << 18
 CHUNK_ELEMENTS = 1 << 24
+MIN_CHUNK = 256
 
 
 def _usable(boxes: Tensor, box_offset: int) -> tuple[Tensor, Tensor]:
@@ -41,7 +43,8 @@ class _Pairs:
         area, finite = _usable(boxes, box_offset)  # [1 or N, A]
         present = torch.arange(num_gts, device=gt_boxes.device) < gt_count.unsqueeze(1)  # [N, G]
         self.valid = present & gt_finite  # [N, G]
-        self.box_offset = box_offset
+        self.box_offset = float(box_offset)
+        self.buffers: dict[int, list[Tensor]] = {}
         # Non-finite boxes become empty ones far outside: IoU 0 with everything instead of a NaN that wins every max.
         far = -1e8
         self.gt_area = torch.where(gt_finite, gt_area, 1).unsqueeze(2)  # [N, G, 1]
@@ -53,17 +56,25 @@ class _Pairs:
         self.penalty = torch.where(self.valid, 0.0, -2.0).to(gt_boxes.dtype).unsqueeze(2)  # [N, G, 1]
 
     def iou(self, start: int, stop: int) -> Tensor:
-        """[N, G, stop - start]; negative for ground truths that are not valid."""
+        """[N, G, stop - start], overwritten by the next call; negative for ground truths that are not valid."""
         gt_x1, gt_y1, gt_x2, gt_y2 = self.gt_sides  # [N, G, 1] each
         x1, y1, x2, y2 = (side[..., start:stop] for side in self.sides)  # [1 or N, 1, T] each
-        width = torch.minimum(gt_x2, x2).sub_(torch.maximum(gt_x1, x1))  # [N, G, T]
-        height = torch.minimum(gt_y2, y2).sub_(torch.maximum(gt_y1, y1))  # [N, G, T]
+        width, height, scratch = self._buffers(stop - start)  # [N, G, T] each
+        torch.minimum(gt_x2, x2, out=width).sub_(torch.maximum(gt_x1, x1, out=scratch))
+        torch.minimum(gt_y2, y2, out=height).sub_(torch.maximum(gt_y1, y1, out=scratch))
         if self.box_offset:
             width.add_(self.box_offset)
             height.add_(self.box_offset)
-        intersection = width.clamp_(min=0).mul_(height.clamp_(min=0))  # [N, G, T]
-        union = (self.gt_area + self.area[..., start:stop]).sub_(intersection)  # [N, G, T]
-        return intersection.div_(union).add_(self.penalty)  # [N, G, T]
+        intersection = width.clamp_(min=0).mul_(height.clamp_(min=0))
+        union = torch.add(self.gt_area, self.area[..., start:stop], out=scratch).sub_(intersection)
+        return intersection.div_(union).add_(self.penalty)
+
+    def _buffers(self, size: int) -> list[Tensor]:
+        # Allocated once a size (at most two occur): fresh memory for each operation costs more than the operation.
+        if size not in self.buffers:
+            num_images, num_gts = self.valid.shape
+            self.buffers[size] = [self.penalty.new_empty(num_images, num_gts, size) for _ in range(3)]
+        return self.buffers[size]
 
 
 @torch.no_grad()
@@ -111,7 +122,7 @@ def match_boxes(
     gt_boxes, boxes = _at_least_float32(gt_boxes), _at_least_float32(boxes)
     pairs = _Pairs(gt_boxes, gt_count, boxes if boxes.dim() == 3 else boxes.unsqueeze(0), box_offset)
     elements = CPU_CHUNK_ELEMENTS if boxes.device.type == "cpu" else CHUNK_ELEMENTS
-    chunk = max(1, elements // (num_images * num_gts))
+    chunk = max(MIN_CHUNK, elements // (num_images * num_gts))
     starts = range(0, num_boxes, chunk)
 
     best_of_box, own_gt, best_of_gt = [], [], gt_boxes.new_full((num_images, num_gts), -math.inf)
