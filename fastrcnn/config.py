@@ -279,8 +279,9 @@ def _explain(error: ValidationError, latest: dict[str, Setting]) -> str:
     for detail in error.errors():
         cause = detail.get("ctx", {}).get("error")
         if isinstance(cause, KeysDoNotFit):
-            setter = next((latest[name].where for name in cause.keys if name in latest), None)
-            return f"{setter}: {cause}" if setter else str(cause)
+            concerned = sorted((order[name], name) for name in cause.keys if name in latest)
+            # The key set last, in a file or on the command line, is the likeliest culprit.
+            return f"{latest[concerned[-1][1]].where}: {cause}" if concerned else str(cause)
         name = next(
             joined
             for count in range(1, len(detail["loc"]) + 1)

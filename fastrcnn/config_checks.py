@@ -1,7 +1,7 @@
 """Rules between keys: settings that are each legal and make no sense together.
 
-Each rule is a generator of problems; a problem names the keys it is about (the one to change first) so that
-the loader can say where they were set. Wrong combinations would otherwise fail deep in the model, with a
+Each rule is a generator of problems; a problem names the keys it is about so that the loader can say where the
+latest of them was set. Wrong combinations would otherwise fail deep in the model, with a
 message about shapes, or train something that was not meant.
 """
 
@@ -21,7 +21,7 @@ class KeysDoNotFit(ValueError):
     """Two or more keys contradict each other.
 
     Attributes:
-        keys: full names of the keys concerned, the one to change first.
+        keys: full names of the keys concerned.
     """
 
     def __init__(self, keys: tuple[str, ...], message: str) -> None:
@@ -31,7 +31,7 @@ class KeysDoNotFit(ValueError):
 
 def check_config(cfg: Config) -> None:
     """Raise :class:`KeysDoNotFit` for the first rule that ``cfg`` breaks."""
-    for rule in (_solver, _sizes, _thresholds, _backbone, _rpn, _family, _box_head, _mask_head, _keypoint_head):
+    for rule in (_solver, _sizes, _thresholds, _backbone, _family, _rpn, _box_head, _mask_head, _keypoint_head):
         for keys, message in rule(cfg):
             raise KeysDoNotFit(keys, message)
 
@@ -218,12 +218,12 @@ def _box_head(cfg: Config) -> Iterator[Problem]:
         )
 
 
-def _sharing(cfg: Config, head: str) -> Iterator[Problem]:
+def _sharing(cfg: Config, head: str, switch: str) -> Iterator[Problem]:
     """A head that shares the box head's features needs maps, and the fully connected extractors give vectors."""
     if cfg.MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR.startswith("FPN"):
         key = f"MODEL.{head}.SHARE_BOX_FEATURE_EXTRACTOR"
         yield (
-            (key, "MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR"),
+            (key, "MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR", switch),
             f"{key} needs a box head with feature maps, and {cfg.MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR} gives vectors; "
             f"set {key} False",
         )
@@ -235,7 +235,7 @@ def _mask_head(cfg: Config) -> Iterator[Problem]:
         return
     extractor: str
     if head.SHARE_BOX_FEATURE_EXTRACTOR:
-        yield from _sharing(cfg, "ROI_MASK_HEAD")
+        yield from _sharing(cfg, "ROI_MASK_HEAD", "MODEL.MASK_ON")
         extractor, pooled = model.ROI_BOX_HEAD.FEATURE_EXTRACTOR, model.ROI_BOX_HEAD.POOLER_RESOLUTION
     else:
         yield from _pooler(cfg, "ROI_MASK_HEAD", head.POOLER_SCALES)
@@ -257,7 +257,10 @@ def _mask_head(cfg: Config) -> Iterator[Problem]:
     predicted = pooled * (2 if head.PREDICTOR == "MaskRCNNC4Predictor" else 1)
     if head.RESOLUTION != predicted:
         yield (
-            ("MODEL.ROI_MASK_HEAD.RESOLUTION", "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION"),
+            (
+                "MODEL.MASK_ON",
+                *(f"MODEL.ROI_MASK_HEAD.{key}" for key in ("RESOLUTION", "POOLER_RESOLUTION", "PREDICTOR")),
+            ),
             f"MODEL.ROI_MASK_HEAD.RESOLUTION is {head.RESOLUTION}, but {extractor} and {head.PREDICTOR} predict "
             f"{predicted} x {predicted}; set MODEL.ROI_MASK_HEAD.RESOLUTION {predicted}",
         )
@@ -268,13 +271,13 @@ def _keypoint_head(cfg: Config) -> Iterator[Problem]:
     if not model.KEYPOINT_ON:
         return
     if head.SHARE_BOX_FEATURE_EXTRACTOR:
-        yield from _sharing(cfg, "ROI_KEYPOINT_HEAD")
+        yield from _sharing(cfg, "ROI_KEYPOINT_HEAD", "MODEL.KEYPOINT_ON")
         return
     yield from _pooler(cfg, "ROI_KEYPOINT_HEAD", head.POOLER_SCALES)
     predicted = head.POOLER_RESOLUTION * 4
     if head.FEATURE_EXTRACTOR == "KeypointRCNNFeatureExtractor" and head.RESOLUTION != predicted:
         yield (
-            ("MODEL.ROI_KEYPOINT_HEAD.RESOLUTION", "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION"),
+            ("MODEL.KEYPOINT_ON", "MODEL.ROI_KEYPOINT_HEAD.RESOLUTION", "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION"),
             f"MODEL.ROI_KEYPOINT_HEAD.RESOLUTION is {head.RESOLUTION}, but the head predicts {predicted} x "
             f"{predicted}; set MODEL.ROI_KEYPOINT_HEAD.RESOLUTION {predicted}",
         )
