@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,11 @@ from torch import nn
 
 from fastrcnn.config import Config, ConfigError
 from fastrcnn.conventions import CONVENTIONS, Convention
+from fastrcnn.data.catalog import load_dataset
+from fastrcnn.data.collate import Batch, Normalization, TestBatch
+from fastrcnn.data.dataset import DetectionDataset
+from fastrcnn.data.loader import Loader, make_test_loader, make_train_loader
+from fastrcnn.data.transforms import TestTransform, TrainTransform
 from fastrcnn.models.anchors import AnchorGenerator
 from fastrcnn.models.box_head import BoxHead, BoxPredictor, FPN2MLPFeatureExtractor, ResNetConv5FeatureExtractor
 from fastrcnn.models.detector import GeneralizedRCNN
@@ -33,11 +39,9 @@ def build_model(cfg: Config) -> GeneralizedRCNN:
         box = _build_box_head(cfg, backbone.out_channels, convention)
         if cfg.MODEL.MASK_ON:
             mask = _build_mask_head(cfg, backbone.out_channels, convention, box)
-    model = GeneralizedRCNN(backbone, _build_rpn(cfg, backbone.out_channels, convention), box, mask)
-    model = model.to(cfg.MODEL.DEVICE)
-    if cfg.MODEL.CHANNELS_LAST:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
+    rpn = _build_rpn(cfg, backbone.out_channels, convention)
+    model = GeneralizedRCNN(backbone, rpn, box, mask, channels_last=cfg.MODEL.CHANNELS_LAST)
+    return model.to(cfg.MODEL.DEVICE)
 
 
 def _unsupported(key: str, value: Any, choices: str) -> ConfigError:
@@ -243,6 +247,69 @@ def _build_mask_head(cfg: Config, in_channels: int, convention: Convention, box:
         MaskRCNNC4Predictor(features, mask.CONV_LAYERS[-1], cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES),
         resolution=mask.RESOLUTION,
         positives_only=bool(positives_only),
+    )
+
+
+def build_dataset(cfg: Config, names: Sequence[str], *, is_train: bool) -> DetectionDataset:
+    """The data sets called ``names``, joined. Training drops images without annotations (``DATASETS.FILTER_EMPTY``).
+
+    Raises:
+        DataError: an unknown name, or faulty files.
+    """
+    return load_dataset(names, remove_images_without_annotations=is_train and cfg.DATASETS.FILTER_EMPTY)
+
+
+def _normalization(cfg: Config) -> Normalization:
+    return Normalization(
+        cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD, cfg.INPUT.TO_BGR255, cfg.DATALOADER.SIZE_DIVISIBILITY
+    )
+
+
+def build_train_loader(
+    cfg: Config, dataset: DetectionDataset, start_step: int = 0, rank: int = 0, world_size: int = 1
+) -> Loader[Batch]:
+    """The batches of the steps ``start_step`` to ``SOLVER.MAX_ITER - 1``, this rank's share of each."""
+    image = cfg.INPUT
+    return make_train_loader(
+        dataset,
+        ims_per_batch=cfg.SOLVER.IMS_PER_BATCH,
+        num_steps=cfg.SOLVER.MAX_ITER,
+        start_step=start_step,
+        transform=TrainTransform(
+            min_sizes=image.MIN_SIZE_TRAIN,
+            max_size=image.MAX_SIZE_TRAIN,
+            horizontal_flip_prob=image.HORIZONTAL_FLIP_PROB_TRAIN,
+            vertical_flip_prob=image.VERTICAL_FLIP_PROB_TRAIN,
+            brightness=image.BRIGHTNESS,
+            contrast=image.CONTRAST,
+            saturation=image.SATURATION,
+            hue=image.HUE,
+        ),
+        normalization=_normalization(cfg),
+        seed=cfg.SOLVER.SEED,
+        rank=rank,
+        world_size=world_size,
+        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda",
+    )
+
+
+def build_test_transform(cfg: Config) -> TestTransform:
+    return TestTransform(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+
+
+def build_test_loader(cfg: Config, dataset: DetectionDataset, rank: int = 0, world_size: int = 1) -> Loader[TestBatch]:
+    """Every image of this rank's shard once, in order."""
+    return make_test_loader(
+        dataset,
+        ims_per_batch=cfg.TEST.IMS_PER_BATCH,
+        transform=build_test_transform(cfg),
+        normalization=_normalization(cfg),
+        rank=rank,
+        world_size=world_size,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda",
     )
 
 

@@ -20,6 +20,8 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from fastrcnn.outlines import mask_to_polygon
+
 FLIP_LEFT_RIGHT = 0
 FLIP_TOP_BOTTOM = 1
 
@@ -111,8 +113,6 @@ class SegmentationMask:
 
         Polygons of fewer than three points enclose nothing and are left out.
         """
-        from fastrcnn.outlines import mask_to_polygon
-
         width, height = size
         instances = []
         for segmentation in segmentations:
@@ -299,7 +299,7 @@ class BoxList:
         return wide[:, 2] * wide[:, 3]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> BoxList:
-        moved = {
+        moved: dict[str, Any] = {
             name: field if isinstance(field, SegmentationMask) else field.to(device, non_blocking=non_blocking)
             for name, field in self.fields().items()
         }
@@ -345,9 +345,9 @@ class Targets:
 
     @classmethod
     def from_boxlists(cls, boxlists: Sequence[BoxList], min_capacity: int = 1) -> Targets:
-        """Pad ``boxlists`` (one an image; labels required, masks optional) to the most boxes, ``min_capacity`` at least.
+        """Pad ``boxlists`` (one an image; labels required, masks optional) to the most boxes of one of them.
 
-        Works on the host: call it before the batch goes to the device.
+        ``min_capacity`` is the least to pad to. Works on the host: call it before the batch goes to the device.
         """
         capacity = max([min_capacity, *(len(b) for b in boxlists)])
         dtype = boxlists[0].boxes.dtype if boxlists else torch.float32

@@ -27,7 +27,7 @@ class AnchorGenerator(nn.Module):
         aspect_ratios: Sequence[float],
         strides: Sequence[int],
         *,
-        straddle_thresh: int = 0,
+        straddle_thresh: float = 0,
         style: str = "maskrcnn_benchmark",
     ) -> None:
         super().__init__()

@@ -30,12 +30,21 @@ class GeneralizedRCNN(nn.Module):
         rpn: the proposals.
         box: None trains and tests the RPN alone.
         mask: optional; needs ``box``.
+        channels_last: hold weights and feature maps in NHWC order, which convolutions prefer on most devices.
     """
 
     sampling_seed: Tensor
     sampling_step: Tensor
 
-    def __init__(self, backbone: nn.Module, rpn: RPN, box: BoxHead | None = None, mask: MaskHead | None = None) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        rpn: RPN,
+        box: BoxHead | None = None,
+        mask: MaskHead | None = None,
+        *,
+        channels_last: bool = False,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.rpn = rpn
@@ -49,6 +58,9 @@ class GeneralizedRCNN(nn.Module):
         self.roi_heads = nn.ModuleDict(heads)
         self.register_buffer("sampling_seed", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("sampling_step", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.channels_last = channels_last
+        if channels_last:
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def set_sampling(self, seed: int, step: int) -> None:
         """Set the state of the random samples; the same state, images and weights give the same losses."""
@@ -70,8 +82,12 @@ class GeneralizedRCNN(nn.Module):
             return self.forward_train(images, targets)
         return self.forward_test(images)
 
+    def _features(self, images: ImageList) -> list[Tensor]:
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        return self.backbone(images.tensors.contiguous(memory_format=memory_format))
+
     def forward_train(self, images: ImageList, targets: Targets) -> dict[str, Tensor]:
-        features = self.backbone(images.tensors)
+        features = self._features(images)
         proposals, losses = self.rpn(
             images, features, targets, self._seeds(images, rpn.SAMPLING_STREAM), with_proposals="box" in self.roi_heads
         )
@@ -88,7 +104,7 @@ class GeneralizedRCNN(nn.Module):
         return losses
 
     def forward_test(self, images: ImageList) -> list[BoxList]:
-        features = self.backbone(images.tensors)
+        features = self._features(images)
         proposals, _ = self.rpn(images, features)
         if "box" not in self.roi_heads:
             return proposals.to_boxlists(images.image_sizes)
