@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from fastrcnn import build
 from fastrcnn.config import Config, load_config
@@ -18,11 +17,11 @@ from fastrcnn.data.dataset import DetectionDataset
 from fastrcnn.engine.checkpoint import last_checkpoint
 from fastrcnn.engine.command import UsageError, make_parser, run_command
 from fastrcnn.engine.distributed import World, join_world, leave_world
-from fastrcnn.engine.inference import Prediction, decode_masks, evaluate_dataset, result_folders
+from fastrcnn.engine.inference import Prediction, evaluate_dataset, result_folders
 from fastrcnn.engine.outputs import set_up_logging
 from fastrcnn.engine.signals import StopSignals
 from fastrcnn.engine.step import DTYPES
-from fastrcnn.evaluation.coco import CocoResults, check_expected
+from fastrcnn.evaluation import CocoResults, RleMasks, check_expected
 from fastrcnn.visualize import draw_detections
 from fastrcnn.weights import load_weights
 
@@ -176,9 +175,8 @@ def picture_writer(dataset: DetectionDataset, count: int) -> Callable[[Sequence[
         folder.mkdir(parents=True, exist_ok=True)
         for prediction in predictions[:count]:
             image = dataset[prediction.index].image
-            picture: Image.Image = draw_detections(
-                image, prediction.found, decode_masks(prediction), dataset.class_names, 0.5
-            )
+            masks = RleMasks(prediction.masks) if prediction.masks is not None else None
+            picture = draw_detections(image, prediction.found, masks, dataset.class_names, 0.5)
             picture.save(folder / f"{prediction.image_id}.png")
 
     return write

@@ -19,7 +19,7 @@ from fastrcnn.engine.distributed import DeviceError
 from fastrcnn.engine.meters import NonFiniteLoss
 from fastrcnn.engine.outputs import OutputDirError, close_logging
 from fastrcnn.engine.signals import Stopped
-from fastrcnn.evaluation.coco import EvaluationError
+from fastrcnn.evaluation import EvaluationError
 from fastrcnn.weights import WeightsError
 
 logger = logging.getLogger("fastrcnn")

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from fastrcnn.engine.distributed import World
 from fastrcnn.engine.outputs import write_json
 from fastrcnn.engine.signals import StopSignals, iterate
 from fastrcnn.engine.step import autocast
-from fastrcnn.evaluation.coco import METRICS, CocoResults, detections_to_coco, evaluate_coco, masks_to_rle
+from fastrcnn.evaluation import CocoResults, detections_to_coco, evaluate_coco, masks_to_rle
+from fastrcnn.evaluation.coco import METRICS
 from fastrcnn.structures import BoxList, ImageList
 
 logger = logging.getLogger("fastrcnn.inference")
@@ -163,13 +162,6 @@ def evaluate_dataset(
 def as_metrics(results: CocoResults) -> dict[str, float]:
     """``{"bbox/AP": 0.37, ..., "segm/APl": 0.5}``."""
     return {f"{kind}/{metric}": stats[metric] for kind, stats in results.stats.items() for metric in METRICS}
-
-
-def decode_masks(prediction: Prediction) -> list[np.ndarray] | None:
-    """The masks of a prediction as bool bitmaps [height, width] of the original image."""
-    if prediction.masks is None:
-        return None
-    return [coco_mask.decode(rle).astype(bool) for rle in prediction.masks]
 
 
 def result_folders(names: Sequence[str]) -> list[str]:
