@@ -1,0 +1,398 @@
+"""``python -m fastrcnn.predict``: detections of a trained model on any images, as JSON and as pictures.
+
+From Python::
+
+    predictor = Predictor(model, cfg, class_names)
+    found = predictor(image)                # BoxList in the image's pixels, best first
+    picture = predictor.draw(image, found)  # a Pillow image
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+
+from fastrcnn.build import build_model
+from fastrcnn.config import Config, load_config
+from fastrcnn.data.catalog import resolve
+from fastrcnn.data.coco_file import read_json
+from fastrcnn.data.collate import Normalization
+from fastrcnn.data.dataset import DataError
+from fastrcnn.data.image import read_image
+from fastrcnn.data.transforms import get_size
+from fastrcnn.engine.command import UsageError, make_parser, run_command
+from fastrcnn.engine.distributed import pick_device
+from fastrcnn.engine.outputs import write_json
+from fastrcnn.engine.step import DTYPES, autocast
+from fastrcnn.evaluate import find_weights
+from fastrcnn.evaluation import RleMasks, masks_to_rle
+from fastrcnn.structures import BoxList
+from fastrcnn.visualize import class_name, draw_detections
+from fastrcnn.weights import load_weights
+from fastrcnn_kernels import resize_image
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+EXIF_ORIENTATION = 0x0112
+
+EXAMPLES = """\
+  python -m fastrcnn.predict --weights output/model_final.pth --input photos/ --output found
+  python -m fastrcnn.predict --config-file configs/e2e_mask_rcnn_R_50_FPN_1x.yaml --weights mask_rcnn.pth \\
+      --input a.jpg b.png --output found --threshold 0.7 MODEL.DEVICE cpu
+
+Writes found/predictions.json (a COCO annotation file whose annotations have scores) and found/images/NAME.jpg.
+An image that cannot be read is reported and left out; the exit code is then 1.
+"""
+
+
+class Predictor:
+    """A model together with what an image goes through on its way in and a detection on its way out.
+
+    Args:
+        model: as :func:`fastrcnn.build_model` gives it, with trained weights; put into evaluation mode.
+        cfg: the configuration it was built from: sizes, pixel mean, padding.
+        class_names: the name of each label, ``__background__`` first; without: ``class 7``.
+        threshold: detections with a lower score are left out.
+    """
+
+    def __init__(
+        self, model: nn.Module, cfg: Config, class_names: Sequence[str] | None = None, *, threshold: float = 0.0
+    ) -> None:
+        self.model = model.eval()
+        self.class_names = class_names
+        self.threshold = threshold
+        self.min_size, self.max_size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        self.normalization = Normalization(
+            cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD, cfg.INPUT.TO_BGR255, cfg.DATALOADER.SIZE_DIVISIBILITY
+        )
+        self.dtype = DTYPES[cfg.DTYPE]
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    @torch.no_grad()
+    def __call__(self, image: np.ndarray | Tensor | Image.Image) -> BoxList:
+        """Detect.
+
+        Args:
+            image: uint8 [H, W, 3] RGB, or a Pillow image of any mode.
+
+        Returns:
+            On the CPU, best first, in pixels of ``image``: boxes, labels, scores and, with a mask head, ``masks``:
+            probabilities [n, 1, M, M] in the frame of the boxes; :meth:`masks` makes bitmaps of them.
+        """
+        pixels = _to_tensor(image)
+        height, width = pixels.shape[:2]
+        size = get_size(height, width, self.min_size, self.max_size)
+        if size != (height, width):
+            pixels = resize_image(pixels, size)
+        with autocast(self.device, self.dtype):
+            found: BoxList = self.model(self.normalization([pixels], [0]).to(self.device))[0].to("cpu")
+        if found.scores is None:
+            raise ValueError("Predictor: the model gives proposals without scores (MODEL.RPN_ONLY), not detections")
+        order = found.scores.argsort(descending=True, stable=True)
+        found = found[order[found.scores[order] >= self.threshold]].resize((width, height))
+        masks = found.masks.float() if isinstance(found.masks, Tensor) else None
+        return BoxList(found.boxes.float(), found.size, labels=found.labels, scores=found.scores, masks=masks)
+
+    def rles(self, found: BoxList) -> list[dict[str, Any]] | None:
+        """The masks of ``found`` in its image as COCO RLE; None without masks."""
+        if not isinstance(found.masks, Tensor):
+            return None
+        width, height = found.size
+        return masks_to_rle(found.masks, found.convert("xyxy").boxes, (height, width))
+
+    def masks(self, found: BoxList) -> RleMasks | None:
+        """The masks of ``found`` in its image as bool bitmaps [H, W], decoded when asked for; None without masks."""
+        rles = self.rles(found)
+        return None if rles is None else RleMasks(rles)
+
+    def draw(self, image: np.ndarray | Tensor | Image.Image, found: BoxList) -> Image.Image:
+        """``image`` with all of ``found`` drawn on it."""
+        return draw_detections(_to_tensor(image), found, self.masks(found), self.class_names, self.threshold)
+
+
+def _to_tensor(image: np.ndarray | Tensor | Image.Image) -> Tensor:
+    """uint8 [H, W, 3]."""
+    if isinstance(image, Image.Image):
+        return torch.from_numpy(np.array(image.convert("RGB")))
+    pixels = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        raise ValueError(f"the image must be uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
+    return pixels.cpu()
+
+
+def read_upright(path: str | Path) -> Tensor:
+    """Read an image file as uint8 RGB [H, W, 3], turned as its EXIF orientation says.
+
+    The data sets ignore the orientation because annotations are in file coordinates; a photograph straight from a
+    camera has none, and is looked at upright.
+
+    Raises:
+        DataError: as :func:`fastrcnn.data.image.read_image`.
+    """
+    pixels = read_image(path)
+    try:
+        with Image.open(path) as image:
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except (OSError, ValueError, SyntaxError):  # damaged metadata of a readable image
+        return pixels
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels.flip(1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels.flip(0)
+    return pixels.contiguous()
+
+
+def find_images(inputs: Sequence[str]) -> list[Path]:
+    """The image files that ``--input`` names: files as they are, the images directly in a folder by name.
+
+    Raises:
+        UsageError: a path that does not exist, or a folder without images.
+    """
+    images: list[Path] = []
+    for name in inputs:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            inside = sorted(
+                p for p in path.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
+            )
+            if not inside:
+                raise UsageError(f"--input {name}: the folder holds no image ({', '.join(sorted(SUFFIXES))})")
+            images += inside
+        elif path.exists():
+            images.append(path)
+        else:
+            raise UsageError(f"--input {name}: no such file or folder")
+    return list(dict.fromkeys(images))
+
+
+def name_pictures(images: Sequence[Path], folder: Path) -> list[Path]:
+    """One file in ``folder`` for each image: its name with ``.jpg``, numbered where names repeat."""
+    taken: set[str] = set()
+    pictures = []
+    for image in images:
+        name, number = image.stem, 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{image.stem}_{number}"
+        taken.add(name.lower())
+        pictures.append(folder / f"{name}.jpg")
+    return pictures
+
+
+def check_output(directory: Path, images: Sequence[Path], pictures: Sequence[Path], overwrite: bool) -> None:
+    """Refuse, before any work, to write over an input or (without ``overwrite``) over anything.
+
+    Raises:
+        UsageError: with the first file in the way.
+    """
+    for parent in (directory, directory / "images"):
+        if parent.exists() and not parent.is_dir():
+            raise UsageError(f"--output {directory}: {parent} is a file")
+    inputs = {image.resolve() for image in images}
+    for path in (directory / "predictions.json", *pictures):
+        if path.resolve() in inputs:
+            raise UsageError(f"--output {directory}: would write over the input {path}; choose another folder")
+        if path.exists() and not overwrite:
+            raise UsageError(f"--output {directory}: {path} exists; choose another folder or add --overwrite")
+
+
+def read_labels(path: Path) -> list[str]:
+    """Class names by label from a ``labels.json``.
+
+    Either the names in a list, or ``{number: name}`` in the order of the labels (maskrcnn-benchmark writes category
+    ids, with their gaps). ``__background__`` is put first if it is not there.
+
+    Raises:
+        UsageError: another content.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from error
+    names = list(content.values()) if isinstance(content, dict) else content
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{path}: holds no class names (a list, or an object of number and name)")
+    return names if names[0] == "__background__" else ["__background__", *names]
+
+
+def find_class_names(cfg: Config, weights: Path) -> list[str] | None:
+    """Class names from ``labels.json`` beside the weights, else from an annotation file of the configured data sets.
+
+    None where neither is there or has as many classes as the model.
+    """
+    beside = weights.parent / "labels.json"
+    if beside.exists():
+        names = read_labels(beside)
+        if len(names) == cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES:
+            return names
+        print(f"warning: {beside} names {len(names)} classes, the model has other ones: not used", file=sys.stderr)
+    for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        try:
+            _, content = read_json(resolve(dataset).annotation_file)
+            categories = {category["id"]: str(category["name"]) for category in content["categories"]}
+        except (DataError, KeyError, TypeError):
+            continue  # the data set need not be on this machine
+        if len(categories) + 1 == cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES:
+            return ["__background__", *(name for _, name in sorted(categories.items()))]
+    return None
+
+
+def load_predictor(cfg: Config, weights: Path, threshold: float) -> Predictor:
+    """Build the model, fill all of it from ``weights`` and look up its class names.
+
+    Raises:
+        UsageError, ConfigError, DeviceError, WeightsError: in one line.
+    """
+    if cfg.MODEL.RPN_ONLY:
+        raise UsageError("MODEL.RPN_ONLY True: the model gives proposals, not detections")
+    pick_device(cfg.MODEL.DEVICE)
+    model = build_model(cfg)
+    report = load_weights(model, weights)
+    if report.missing:
+        raise UsageError(
+            f"{weights}: lacks {len(report.missing)} of the model's tensors, the first is {report.missing[0]}; "
+            "choose the configuration that the weights were trained with"
+        )
+    return Predictor(model, cfg, find_class_names(cfg, weights), threshold=threshold)
+
+
+class Predictions:
+    """The content of ``predictions.json``: a COCO annotation file whose annotations are detections with scores."""
+
+    def __init__(self, names: Sequence[str] | None, num_classes: int) -> None:
+        self.names = names
+        self.failed: list[dict[str, str]] = []
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+        self.categories = [{"id": i, "name": class_name(i, names)} for i in range(1, num_classes)]
+
+    def add(self, path: Path, found: BoxList, rles: Sequence[dict[str, Any]] | None, picture: str | None) -> None:
+        """One image and its detections, in pixels of the image."""
+        width, height = found.size
+        image_id = len(self.images) + 1
+        self.images.append(
+            {"id": image_id, "file_name": str(path), "width": width, "height": height, "picture": picture}
+        )
+        corners, boxes = found.convert("xyxy").boxes.tolist(), found.convert("xywh").boxes.tolist()
+        labels = found.labels.tolist() if found.labels is not None else []
+        scores = found.scores.tolist() if found.scores is not None else []
+        for i, (label, score) in enumerate(zip(labels, scores, strict=True)):
+            entry = {
+                "id": len(self.annotations) + 1,
+                "image_id": image_id,
+                "file_name": str(path),
+                "category_id": label,
+                "label_name": class_name(label, self.names),
+                "score": score,
+                "bbox": boxes[i],
+                "box_xyxy": corners[i],
+                "area": boxes[i][2] * boxes[i][3],
+                "iscrowd": 0,
+            }
+            if rles is not None:
+                entry["segmentation"] = rles[i]
+                entry["area"] = int(coco_mask.area(rles[i]))
+            self.annotations.append(entry)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "images": self.images,
+            "categories": self.categories,
+            "annotations": self.annotations,
+            "failed": self.failed,
+        }
+
+
+def predict_images(
+    predictor: Predictor,
+    images: Sequence[Path],
+    pictures: Sequence[Path | None],
+    predictions: Predictions,
+) -> None:
+    """Detect on each image, draw it where ``pictures`` has a file, and add it to ``predictions``.
+
+    An image that cannot be read is reported and left out; the others go on.
+    """
+    for path, picture in zip(images, pictures, strict=True):
+        start = time.perf_counter()
+        try:
+            image = read_upright(path)
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr)
+            predictions.failed.append({"file_name": str(path), "error": str(error)})
+            continue
+        found = predictor(image)
+        rles = predictor.rles(found)
+        if picture is not None:
+            masks = None if rles is None else RleMasks(rles)
+            drawn = draw_detections(image, found, masks, predictor.class_names, predictor.threshold)
+            drawn.save(picture, quality=92)
+        predictions.add(path, found, rles, None if picture is None else f"{picture.parent.name}/{picture.name}")
+        labels = found.labels.tolist() if found.labels is not None else []
+        counts = Counter(class_name(label, predictor.class_names) for label in labels)
+        what = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
+        print(f"{path}: {what} ({time.perf_counter() - start:.2f} s)", flush=True)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser("python -m fastrcnn.predict", "Find objects on images with a trained model.", EXAMPLES)
+    parser.add_argument("--weights", metavar="FILE", help="weights or checkpoint (default: the newest of OUTPUT_DIR)")
+    parser.add_argument("--input", required=True, nargs="+", metavar="PATH", help="image files, or folders of images")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where predictions.json and images/ go")
+    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score to report (default: %(default)s)")
+    parser.add_argument("--no-images", action="store_true", help="write predictions.json only")
+    parser.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Predict. Returns the exit code (``--help`` lists them)."""
+    return run_command(lambda: predict(parse_arguments(argv)))
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Check everything, then predict; raises what :func:`fastrcnn.engine.command.run_command` understands."""
+    if not 0 <= args.threshold <= 1:
+        raise UsageError(f"--threshold {args.threshold}: must lie in [0, 1]")
+    output = Path(args.output).expanduser()
+    images = find_images(args.input)
+    pictures = [] if args.no_images else name_pictures(images, output / "images")
+    check_output(output, images, pictures, args.overwrite)
+    config_file = args.config_file
+    if config_file is None and args.weights and (beside := Path(args.weights).parent / "config.yml").exists():
+        config_file = beside
+    cfg = load_config(config_file, args.opts)
+    predictor = load_predictor(cfg, find_weights(cfg, args.weights), args.threshold)
+    try:
+        (output if args.no_images else output / "images").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output {output}: cannot be written ({error.strerror})") from error
+
+    predictions = Predictions(predictor.class_names, cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES)
+    try:
+        predict_images(predictor, images, pictures or [None] * len(images), predictions)
+    finally:  # what is done is kept, whatever happened at the next image
+        write_json(output / "predictions.json", predictions.to_dict())
+    total = f"{len(predictions.annotations)} objects on {len(predictions.images)} images"
+    print(f"{total}: {output / 'predictions.json'}" + ("" if args.no_images else f", {output / 'images'}"))
+    if predictions.failed:
+        print(f"error: {len(predictions.failed)} of {len(images)} images could not be read", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
