@@ -41,11 +41,39 @@ def masks_to_rle(
 
 
 def encode_mask(mask: Tensor | np.ndarray) -> dict[str, Any]:
-    """A bitmap [height, width] as COCO RLE with ``counts`` as str, so that json takes it."""
+    """A bitmap [height, width] as COCO RLE with ``counts`` as str, so that json takes it.
+
+    Equal to pycocotools' ``encode``, which needs a column-major copy of the whole image; this one looks only at the
+    rows and columns between the first and the last set pixel.
+    """
     if isinstance(mask, Tensor):
         mask = mask.to(device="cpu", dtype=torch.uint8).numpy()
-    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8, copy=False)))
-    return {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")}
+    height, width = mask.shape
+    counts = _run_lengths(mask.astype(bool, copy=False), height, width)
+    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+
+
+def _run_lengths(mask: np.ndarray, height: int, width: int) -> list[int]:
+    """Lengths of the alternating runs of zeros and ones, down the columns, beginning with zeros."""
+    rows = np.flatnonzero(mask.any(axis=1))
+    if not rows.size:
+        return [height * width]
+    top, bottom = rows[0], rows[-1] + 1
+    columns = np.flatnonzero(mask[top:bottom].any(axis=0))
+    left, right = columns[0], columns[-1] + 1
+    padded = np.zeros((right - left, bottom - top + 2), dtype=np.int8)  # a column of the image is a row here
+    padded[:, 1:-1] = mask[top:bottom, left:right].T
+    edges = np.diff(padded, axis=1)
+    starts, ends = (
+        (column + left) * height + row + top for column, row in (np.nonzero(edges == 1), np.nonzero(edges == -1))
+    )
+    # A run down to the last row goes on in the first row of the next column.
+    joined = ends[:-1] == starts[1:]
+    starts, ends = starts[np.append(True, ~joined)], ends[np.append(~joined, True)]
+    borders = np.concatenate([[0], np.stack([starts, ends], axis=1).ravel(), [height * width]])
+    counts = np.diff(borders).tolist()
+    return counts if counts[-1] else counts[:-1]
 
 
 class RleMasks(Sequence[np.ndarray]):

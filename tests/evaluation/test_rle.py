@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from fastrcnn.evaluation import RleMasks, encode_mask, masks_to_rle
@@ -19,6 +21,14 @@ def test_encode_mask() -> None:
         assert rle["size"] == [7, 11]
         assert isinstance(rle["counts"], str)
         assert np.array_equal(coco_mask.decode(rle), mask)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
+def test_encode_mask_equals_pycocotools(height: int, width: int, seed: int, share: float) -> None:
+    mask = np.random.default_rng(seed).random((height, width)) < share
+    expected = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    assert encode_mask(mask) == {"size": [height, width], "counts": expected["counts"].decode()}
 
 
 PASTED = {
