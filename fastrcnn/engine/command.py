@@ -89,9 +89,8 @@ def run_command(command: Callable[[], int]) -> int:
     except Exception:
         rank = os.environ.get("RANK")
         where = f"rank {rank}: " if rank is not None else ""
+        # Without handlers, logging itself prints errors to stderr.
         logger.error("%s%s", where, traceback.format_exc().rstrip())
-        if not logger.handlers:
-            traceback.print_exc()
         code = 1
     finally:
         close_logging()
