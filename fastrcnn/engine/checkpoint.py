@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -70,11 +71,21 @@ def _sync_directory(directory: Path) -> None:
 def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """The contents of a checkpoint, on the host; only tensors and plain containers are ever unpickled.
 
+    Args:
+        mmap: read the tensors when they are used, without comparing checksums.
+
     Raises:
         CheckpointError: if the file is missing, damaged, or not a checkpoint.
     """
     try:
+        if not mmap and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load compares no checksums
+            if damaged is not None:
+                raise CheckpointError(f"{path}: not a whole checkpoint (the checksum of {damaged} is wrong)")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no such checkpoint") from error
     except Exception as error:  # torch.load raises many kinds for a damaged file

@@ -17,8 +17,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class TrainingBatch(Protocol):
     """What the loader yields: images and their ground truth in the frame of the network's input."""
 
-    images: ImageList
-    targets: list[BoxList]
+    @property
+    def images(self) -> ImageList: ...
+    @property
+    def targets(self) -> list[BoxList]: ...
 
 
 class TrainStep:
