@@ -13,8 +13,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from fastrcnn.config import Config, ConfigError, ConfigWarning, dump_config, load_config, main, with_overrides
-from fastrcnn.config_docs import KEYS_WITHOUT_EFFECT, expected, is_own, leaves, markdown
+from fastrcnn.config import Config, ConfigError, ConfigWarning, dump_config, load_config, with_overrides
+from fastrcnn.config.__main__ import main
+from fastrcnn.config.describe import KEYS_WITHOUT_EFFECT, expected, is_own, leaves, markdown
 from tests.config_helpers import OWN_KEYS, load_text, lookup, nested, upstream_defaults
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 from fastrcnn.config import Config, dump_config, load_config
-from fastrcnn.config_docs import leaves
+from fastrcnn.config.describe import leaves
 from tests.config_helpers import OWN_KEYS, load_text, lookup, nested, upstream_defaults
 
 REPOSITORY = Path(__file__).resolve().parent.parent

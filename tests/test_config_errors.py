@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fastrcnn.config import ConfigError, load_config
-from fastrcnn.config_docs import leaves
+from fastrcnn.config.describe import leaves
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MASK_RCNN = REPOSITORY / "configs/e2e_mask_rcnn_R_50_FPN_1x.yaml"

@@ -3,7 +3,7 @@
 The key tree is maskrcnn-benchmark's (names, defaults and order of ``maskrcnn_benchmark/config/defaults.py``);
 keys that it does not have are made with :func:`own`. Sections are frozen pydantic models, so a configuration
 cannot change under a running training. Reading files and the command line is the business of
-:mod:`fastrcnn.config`; rules that involve more than one key are in :mod:`fastrcnn.config_checks`.
+:mod:`fastrcnn.config.load`; rules that involve more than one key are in :mod:`fastrcnn.config.checks`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fastrcnn.config_checks import check_config
+from fastrcnn.config.checks import check_config
 
 # Leaves are strict: a string is never taken for a number nor a bool for an int. An int is a fine float.
 Bool = Annotated[bool, Field(strict=True)]
@@ -268,7 +268,7 @@ class ModelConfig(Section):
     META_ARCHITECTURE: Literal["GeneralizedRCNN"] = key("GeneralizedRCNN", "The only one there is")
     CLS_AGNOSTIC_BBOX_REG: Bool = key(False, "One box regression for all classes")
     WEIGHT: Str = key("", "Weights to start from: a file, a URL or catalog://NAME; empty = random")
-    CONVENTION: Literal["maskrcnn_benchmark", "detectron2", "torchvision"] = own(
+    CONVENTION: Literal["maskrcnn_benchmark"] = own(
         "maskrcnn_benchmark", "Whose numeric choices the model follows (docs/conventions.md)"
     )
     CHANNELS_LAST: Bool = own(False, "Keep feature maps in NHWC memory order (faster on GPUs with bfloat16)")

@@ -1,22 +1,14 @@
-"""Loading, checking and printing a configuration.
+"""From a file and a command line to a checked :class:`Config`.
 
-::
-
-    cfg = load_config("configs/e2e_mask_rcnn_R_50_FPN_1x.yaml", ["MODEL.DEVICE", "cpu", "SOLVER.STEPS", "(100, 200)"])
-    cfg.MODEL.RPN.NMS_THRESH        # typed, frozen
-    print(dump_config(cfg))
-
-The keys are those of maskrcnn-benchmark; so is the grammar of files (tuples may be strings) and of trailing
-``KEY VALUE`` pairs. ``python -m fastrcnn.config FILE [KEY VALUE ...]`` prints the effective configuration.
+The steps: settings with the place where they stand (:mod:`fastrcnn.config.reader`, :func:`_parse_overrides`), the type
+of the key (:func:`_coerce`), the schema's own checks, and, if one fails, a message that says where and what to do.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import difflib
 import re
-import sys
 import types
 import typing
 import warnings
@@ -28,12 +20,10 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from fastrcnn.config_checks import KeysDoNotFit
-from fastrcnn.config_docs import KEYS_WITHOUT_EFFECT, example, expected, is_own, leaves, markdown, sections
-from fastrcnn.config_schema import Config, Name
-from fastrcnn.config_yaml import ConfigError, Setting, read_settings
-
-__all__ = ["Config", "ConfigError", "ConfigWarning", "dump_config", "load_config", "with_overrides"]
+from fastrcnn.config.checks import KeysDoNotFit
+from fastrcnn.config.describe import KEYS_WITHOUT_EFFECT, example, expected, leaves, lookup, sections
+from fastrcnn.config.reader import ConfigError, Setting, read_settings
+from fastrcnn.config.schema import Config, Name
 
 COMMAND_LINE = "command line"
 _KEY_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
@@ -67,36 +57,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[object] = ()
 
 def with_overrides(cfg: Config, overrides: Sequence[object]) -> Config:
     """``cfg`` with some keys changed; ``overrides`` as in :func:`load_config`."""
-    values = {name: _lookup(cfg, name) for name in leaves()}
+    values = {name: lookup(cfg, name) for name in leaves()}
     return _build(values, list(_parse_overrides(overrides)))
-
-
-def dump_config(cfg: Config, *, own_keys: bool = True) -> str:
-    """``cfg`` as YAML, in the order of the schema. :func:`load_config` reads it back to an equal configuration.
-
-    Args:
-        cfg: the configuration.
-        own_keys: False leaves out the keys that maskrcnn-benchmark does not have, so that it can read the file.
-    """
-    tree: dict[str, Any] = {}
-    for name, field in leaves().items():
-        if own_keys or not is_own(field):
-            *parents, leaf = name.split(".")
-            section = tree
-            for parent in parents:
-                section = section.setdefault(parent, {})
-            value = _lookup(cfg, name)
-            if isinstance(field.default, int) and isinstance(value, float) and value.is_integer():
-                value = int(value)  # a whole number upstream, whose reader refuses 2.0 there
-            section[leaf] = value
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True, width=110)
-
-
-def _lookup(cfg: Config, name: str) -> Any:
-    value: Any = cfg
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -221,7 +183,7 @@ def _build(values: dict[str, object], settings: Iterable[Setting]) -> Config:
     except ValidationError as error:
         raise ConfigError(_explain(error, latest)) from None
     for name, reason in KEYS_WITHOUT_EFFECT.items():
-        if name in latest and _lookup(cfg, name) != leaves()[name].default:
+        if name in latest and lookup(cfg, name) != leaves()[name].default:
             warnings.warn(f"{latest[name].where}: {name} has no effect: {reason}", ConfigWarning, stacklevel=3)
     return cfg
 
@@ -339,44 +301,3 @@ def _quote(value: object) -> str:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-class _Dumper(yaml.SafeDumper):
-    """Lists on one line; no anchors, which a reader would not expect."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_Dumper.add_representer(
-    tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
-)
-
-
-def main(argv: Sequence[str]) -> int:
-    """``python -m fastrcnn.config [FILE] [KEY VALUE ...]``: print the effective configuration; exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastrcnn.config",
-        description="Print the effective configuration: the defaults, then FILE, then the KEY VALUE pairs.",
-        epilog='example: python -m fastrcnn.config configs/e2e_mask_rcnn_R_50_FPN_1x.yaml SOLVER.STEPS "(100, 200)"',
-    )
-    parser.add_argument("file", nargs="?", metavar="FILE", help="YAML file; without it, the defaults")
-    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="keys to change")
-    parser.add_argument("--markdown", action="store_true", help="print the table of all keys (docs/configuration.md)")
-    arguments = parser.parse_args(argv)
-    if arguments.markdown:
-        sys.stdout.write(markdown())
-        return 0
-    path, overrides = arguments.file, arguments.overrides
-    if path is not None and _KEY_PATTERN.fullmatch(path.partition("=")[0]) and not path.endswith((".yaml", ".yml")):
-        path, overrides = None, [path, *overrides]
-    try:
-        sys.stdout.write(dump_config(load_config(path, overrides)))
-    except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

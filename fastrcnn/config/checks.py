@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastrcnn.config_schema import Config
+    from fastrcnn.config.schema import Config
 
 Problem = tuple[tuple[str, ...], str]
 

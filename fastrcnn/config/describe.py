@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic.fields import FieldInfo
 
-from fastrcnn.config_schema import Config, Section
+from fastrcnn.config.schema import Config, Section
 
 # Accepted, so that maskrcnn-benchmark's files load, and read by nothing. Setting one of them warns.
 KEYS_WITHOUT_EFFECT: dict[str, str] = {
@@ -49,6 +49,14 @@ def leaves() -> dict[str, FieldInfo]:
 
     visit(Config, "")
     return found
+
+
+def lookup(cfg: Config, name: str) -> Any:
+    """The value of the key with this full name."""
+    value: Any = cfg
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def is_own(field: FieldInfo) -> bool:
@@ -163,7 +171,7 @@ def markdown() -> str:
 
 INTRODUCTION = """# Configuration
 
-<!-- Written by `python -m fastrcnn.config --markdown > docs/configuration.md`; edit fastrcnn/config_docs.py. -->
+<!-- Written by `python -m fastrcnn.config --markdown > docs/configuration.md`; edit fastrcnn/config/describe.py. -->
 
 The keys are those of maskrcnn-benchmark, with the same names and defaults, so its YAML files work unchanged. Keys
 marked *(ours)* are additions. A run is configured by one YAML file and by keys on the command line, which win:
