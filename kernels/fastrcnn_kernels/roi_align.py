@@ -46,17 +46,72 @@ def _backward_fake(
     return [reference.empty((sizes[0], sizes[1], h, w), grad_output, channels_last) for h, w in pairs]
 
 
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+def _run_cpp(
+    name: str, maps: list[Tensor], pooled: Tensor, rois: Tensor, levels: Tensor, spatial_scales: list[float],
+    sampling_ratio: int, aligned: bool, channels_last: bool,
+) -> None:  # fmt: skip
+    """Run a C++ kernel on dense maps [N, C, H, W] and dense pooled [K, C, PH, PW] of one memory format."""
+    native = _library.extension()
+    if pooled.dtype not in _DTYPE_CODES:
+        raise TypeError(f"roi_align: the C++ kernels take float16, bfloat16, float32 and float64, not {pooled.dtype}")
+    rois, levels = rois.to(reference.compute_dtype(pooled.dtype)).contiguous(), levels.contiguous()
+    pyramid = [
+        native.RoiAlignLevel(f.data_ptr(), f.shape[2], f.shape[3], scale)
+        for f, scale in zip(maps, spatial_scales, strict=True)
+    ]
+    num_images, channels = maps[0].shape[:2]
+    num_rois, _, ph, pw = pooled.shape
+    problem = native.RoiAlignProblem(
+        pyramid, num_images, channels, num_rois, rois.data_ptr(), levels.data_ptr(), ph, pw, sampling_ratio, aligned,
+        channels_last, _DTYPE_CODES[pooled.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    wrong = getattr(native, name)(problem, pooled.data_ptr())
+    if wrong >= 0:
+        raise RuntimeError(
+            f"roi_align: roi {wrong} names image {rois[wrong, 0].item():g} and level {levels[wrong].item()}, outside "
+            f"0..{num_images - 1} and 0..{len(maps) - 1}"
+        )
+
+
+def _cpp(
+    features: list[Tensor], rois: Tensor, levels: Tensor, spatial_scales: list[float],
+    pooled_height: int, pooled_width: int, sampling_ratio: int, aligned: bool,
+) -> Tensor:  # fmt: skip
+    channels_last = reference.is_channels_last(features)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    maps = [f.contiguous(memory_format=layout) for f in features]
+    shape = (rois.shape[0], maps[0].shape[1], pooled_height, pooled_width)
+    out = reference.empty(shape, maps[0], channels_last)
+    _run_cpp("roi_align_forward", maps, out, rois, levels, spatial_scales, sampling_ratio, aligned, channels_last)
+    return out
+
+
+def _backward_cpp(
+    grad_output: Tensor, rois: Tensor, levels: Tensor, sizes: list[int], spatial_scales: list[float],
+    sampling_ratio: int, aligned: bool, channels_last: bool,
+) -> list[Tensor]:  # fmt: skip
+    grad = grad_output.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    maps = _backward_fake(grad, rois, levels, sizes, spatial_scales, sampling_ratio, aligned, channels_last)
+    _run_cpp("roi_align_backward", maps, grad, rois, levels, spatial_scales, sampling_ratio, aligned, channels_last)
+    return maps
+
+
 _forward_op = _library.define(
     "roi_align(Tensor[] features, Tensor rois, Tensor levels, float[] spatial_scales, SymInt pooled_height, "
     "SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor",
     reference=reference.forward,
     fake=_fake,
+    cpp=_cpp,
 )
 _backward_op = _library.define(
     "roi_align_backward(Tensor grad_output, Tensor rois, Tensor levels, SymInt[] sizes, float[] spatial_scales, "
     "int sampling_ratio, bool aligned, bool channels_last) -> Tensor[]",
     reference=reference.backward,
     fake=_backward_fake,
+    cpp=_backward_cpp,
 )
 
 

@@ -83,7 +83,8 @@ def _taps(start: Tensor, size: Tensor, grid: Tensor, extent: Tensor, pooled: int
     fraction = torch.where(low >= extent - 1, 0.0, y - low)
     pixel = torch.cat([low, high], dim=2).long()  # [K, PH, 2 S]
     weight = torch.cat([1 - fraction, fraction], dim=2)
-    return pixel, weight, torch.cat([inside, inside], dim=2)
+    # A pixel of weight zero is not read: were it NaN, it would spoil the sum.
+    return pixel, weight, torch.cat([inside, inside], dim=2) & (weight > 0)
 
 
 def _fixed_grid(
