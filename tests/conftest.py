@@ -6,12 +6,17 @@ import os
 import platform
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 # Triton reads this when a kernel is decorated, so it has to be set before the first module with a kernel is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples on every run; no deadline, because a busy machine is not a failure.
+hypothesis.settings.register_profile("fastrcnn", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("fastrcnn")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -99,7 +99,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"{str(error).splitlines()[0]}"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path}: not a readable torch.save file ({str(error).splitlines()[0]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"{path}: not a readable torch.save file ({reason})") from None
     if isinstance(content, dict):
         for key in ("model", "state_dict"):
             if isinstance(content.get(key), dict):
