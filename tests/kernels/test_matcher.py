@@ -1,0 +1,324 @@
+"""Matching against exact rational arithmetic and a transcription of maskrcnn-benchmark's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastrcnn_kernels import box_iou, cell_anchors, grid_anchors, match_boxes, matcher
+from tests.kernels.helpers import MARGIN
+from tests.kernels.nosync import forbid_host_sync
+
+RPN = {"high_threshold": 0.7, "low_threshold": 0.3, "allow_low_quality_matches": True, "box_offset": 1}
+BOX_HEAD = {"high_threshold": 0.5, "low_threshold": 0.5, "allow_low_quality_matches": False, "box_offset": 1}
+SETTINGS = [
+    pytest.param(RPN, id="rpn"),
+    pytest.param(BOX_HEAD, id="box-head"),
+    pytest.param({**RPN, "box_offset": 0}, id="rpn-modern"),
+    pytest.param({**RPN, "allow_low_quality_matches": False}, id="rpn-no-low-quality"),
+]
+
+
+def rule(
+    quality: list[list[Any]], high: Any, low: Any, low_quality: bool, last_wins: bool = False, own: bool = True
+) -> list[int]:
+    """maskrcnn-benchmark's Matcher on a quality matrix [G][A]. ``last_wins`` and ``own`` are mutations."""
+    num_gts, num_boxes = len(quality), len(quality[0])
+    result = []
+    for a in range(num_boxes):
+        best = 0
+        for g in range(num_gts):
+            if quality[g][a] > quality[best][a] or (last_wins and quality[g][a] == quality[best][a]):
+                best = g
+        value = quality[best][a]
+        match = best if value >= high else (-1 if value < low else -2)
+        if low_quality:
+            for g in range(num_gts):
+                if quality[g][a] == max(quality[g]):
+                    match = best if own else g
+        result.append(match)
+    return result
+
+
+def exact_iou(a: list[int], b: list[int], offset: int) -> Fraction:
+    width = min(a[2], b[2]) - max(a[0], b[0]) + offset
+    height = min(a[3], b[3]) - max(a[1], b[1]) + offset
+    shared = width * height if width > 0 and height > 0 else 0
+    areas = [(box[2] - box[0] + offset) * (box[3] - box[1] + offset) for box in (a, b)]
+    union = sum(areas) - shared
+    return Fraction(shared, union) if union else Fraction(0)
+
+
+def integer_boxes(count: int, generator: torch.Generator, extent: int = 12) -> torch.Tensor:
+    """Boxes with few distinct coordinates: ties and IoUs exactly on a threshold occur in numbers."""
+    corner = torch.randint(0, extent, (count, 2), generator=generator)
+    return torch.cat([corner, corner + torch.randint(1, 8, (count, 2), generator=generator)], dim=1)
+
+
+def exact_case(num_gts: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ground truths and boxes; where there is more than one ground truth the last repeats the first."""
+    g = torch.Generator().manual_seed(seed)
+    gts, boxes = integer_boxes(num_gts, g), integer_boxes(150, g)
+    gts[-1] = gts[0]
+    return gts, boxes
+
+
+def random_boxes(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    corner = torch.rand(*shape, 2, generator=g, dtype=torch.float64) * 300
+    size = torch.rand(*shape, 2, generator=g, dtype=torch.float64) * 100
+    return torch.cat([corner, corner + size], dim=-1).to(dtype)
+
+
+def exact_match(gts: torch.Tensor, boxes: torch.Tensor, arguments: dict[str, Any], **mutation: bool) -> list[int]:
+    offset = arguments["box_offset"]
+    quality = [[exact_iou(g, a, offset) for a in boxes.tolist()] for g in gts.tolist()]
+    high, low = (Fraction(str(arguments[name])) for name in ("high_threshold", "low_threshold"))
+    return rule(quality, high, low, arguments["allow_low_quality_matches"], **mutation)
+
+
+def match_one(gts: torch.Tensor, boxes: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    return match_boxes(gts.float()[None], torch.tensor([len(gts)]), boxes.float(), **arguments)[0]
+
+
+@pytest.mark.parametrize("arguments", SETTINGS)
+@pytest.mark.parametrize("num_gts", [1, 2, 9])
+@pytest.mark.parametrize("seed", range(4))
+def test_equals_exact_arithmetic(arguments: dict[str, Any], num_gts: int, seed: int) -> None:
+    gts, boxes = exact_case(num_gts, 100 * num_gts + seed)
+    assert match_one(gts, boxes, arguments).tolist() == exact_match(gts, boxes, arguments)
+
+
+@pytest.mark.parametrize("arguments", SETTINGS)
+@pytest.mark.parametrize("num_gts", [1, 7, 60])
+def test_equals_the_rule_in_float32(arguments: dict[str, Any], num_gts: int) -> None:
+    gts, boxes = random_boxes(num_gts), random_boxes(400, seed=1)
+    quality = box_iou(gts, boxes, box_offset=arguments["box_offset"])
+    high, low = (torch.tensor(arguments[name]).item() for name in ("high_threshold", "low_threshold"))
+    expected = rule(quality.tolist(), high, low, arguments["allow_low_quality_matches"])
+    actual = match_one(gts, boxes, arguments)
+    assert actual.dtype == torch.int64
+    assert actual.tolist() == expected
+    assert num_gts == 1 or {-1} < set(expected), "the case would prove nothing"
+
+
+def test_detectron2_golden() -> None:
+    """The oracle on detectron2's own test: matches [1, 1, 2, 0] with labels [ignored, 1, background, 1]."""
+    quality = [[0.15, 0.45, 0.2, 0.6], [0.3, 0.65, 0.05, 0.1], [0.05, 0.4, 0.25, 0.4]]
+    assert rule(quality, 0.7, 0.3, True) == [-2, 1, -1, 0]
+
+
+def test_first_ground_truth_wins_a_tie() -> None:
+    gts = torch.tensor([[0, 0, 9, 9], [20, 20, 29, 29], [20, 20, 29, 29]])
+    boxes = torch.tensor([[20, 20, 29, 29], [0, 0, 9, 9]])
+    assert match_one(gts, boxes, RPN).tolist() == [1, 0]
+
+
+def test_low_quality_restores_the_own_best_ground_truth() -> None:
+    """The one box is the best of both ground truths and goes to the one it overlaps more, below every threshold."""
+    gts = torch.tensor([[0, 0, 9, 9], [0, 0, 19, 9]])
+    boxes = torch.tensor([[15, 0, 40, 9], [30, 30, 40, 40]])
+    quality = [[exact_iou(g, a, 1) for a in boxes.tolist()] for g in gts.tolist()]
+    assert quality[0] == [0, 0], "the first ground truth overlaps nothing"
+    assert 0 < quality[1][0] < Fraction(3, 10)
+    # The trap: best IoU 0, so every box with IoU 0 counts as its match, and goes to its own first maximum.
+    assert match_one(gts, boxes, RPN).tolist() == [1, 0]
+    assert match_one(gts[1:], boxes, RPN).tolist() == [0, -1]
+
+
+def test_every_tie_of_the_best_is_matched() -> None:
+    gts = torch.tensor([[10, 0, 19, 9]])
+    boxes = torch.tensor([[5, 0, 14, 9], [15, 0, 24, 9], [4, 0, 13, 9]])
+    assert match_one(gts, boxes, {**RPN, "low_threshold": 0.35}).tolist() == [0, 0, -1]
+
+
+@pytest.mark.parametrize(("value", "expected"), [(7, 0), (6, -2), (3, -2), (2, -1)])
+def test_thresholds(value: int, expected: int) -> None:
+    """IoU 0.7 exactly is matched, 0.3 exactly is between; two ground truths keep low quality out of it."""
+    gts, boxes = torch.tensor([[0, 0, 9, 0]]), torch.tensor([[0, 0, value - 1, 0], [0, 0, 9, 0]])
+    assert match_one(gts, boxes, RPN).tolist() == [expected, 0]
+
+
+@pytest.mark.parametrize("arguments", SETTINGS)
+def test_padding_never_matches_nor_counts(arguments: dict[str, Any]) -> None:
+    gts, boxes = random_boxes(3, 9), random_boxes(3, 200, seed=1)
+    count = torch.tensor([4, 0, 9])
+    alone = [match_one(gts[n, : count[n]], boxes[n], arguments) for n in (0, 2)]
+    for filling in (0.0, 50.0, float("nan"), float("inf")):
+        padded = gts.clone()
+        padded[0, 4:] = padded[1] = filling
+        matched = match_boxes(padded, count, boxes, **arguments)
+        assert torch.equal(matched[0], alone[0])
+        assert (matched[1] == -1).all()
+        assert torch.equal(matched[2], alone[1])
+    padded[0, 4:] = boxes[0, :5]
+    assert torch.equal(match_boxes(padded, count, boxes, **arguments)[0], alone[0]), "even a perfect padded box"
+
+
+def test_boxes_common_to_all_images() -> None:
+    gts, boxes, count = random_boxes(3, 5), random_boxes(100, seed=1), torch.tensor([5, 2, 1])
+    common = match_boxes(gts, count, boxes, **RPN)
+    assert common.shape == (3, 100)
+    assert torch.equal(common, match_boxes(gts, count, boxes.expand(3, 100, 4), **RPN))
+
+
+@pytest.mark.parametrize("arguments", SETTINGS)
+@pytest.mark.parametrize("chunk", [1, 7, 64, 100, 1000])
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], chunk: int) -> None:
+    gts, boxes, count = random_boxes(2, 5), random_boxes(100, seed=1), torch.tensor([5, 3])
+    whole = match_boxes(gts, count, boxes, **arguments)
+    monkeypatch.setattr(matcher, "CPU_CHUNK_ELEMENTS", 10 * chunk)
+    monkeypatch.setattr(matcher, "MIN_CHUNK", 1)
+    assert torch.equal(match_boxes(gts, count, boxes, **arguments), whole)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("arguments", SETTINGS)
+def test_bad_boxes_spoil_only_themselves(arguments: dict[str, Any], value: float) -> None:
+    gts, boxes = random_boxes(5), random_boxes(100, seed=1)
+    spoiled = boxes.clone()
+    spoiled[17, 2] = value
+    without = [a for a in range(100) if a != 17]
+    matched = match_one(gts, spoiled, arguments)
+    assert matched[17] == -1
+    assert torch.equal(matched[without], match_one(gts, boxes[without], arguments))
+    bad_gts = torch.cat([gts[:2], torch.full((1, 4), value), gts[2:]])
+    expected = match_one(gts, boxes, arguments)
+    assert torch.equal(match_one(bad_gts, boxes, arguments), expected + (expected >= 2))
+    only_bad = match_one(torch.full((2, 4), value), boxes, arguments)
+    assert (only_bad == -1).all()
+
+
+def test_degenerate_boxes() -> None:
+    points = torch.tensor([[5.0, 5.0, 5.0, 5.0], [7.0, 7.0, 7.0, 7.0]])
+    assert match_one(points, points, RPN).tolist() == [0, 1]
+    assert match_one(points, points, {**BOX_HEAD, "box_offset": 0}).tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize(("n", "g", "a"), [(0, 3, 5), (2, 0, 5), (2, 3, 0), (0, 0, 0)])
+def test_empty(n: int, g: int, a: int) -> None:
+    count = torch.full((n,), g)
+    for boxes in (torch.zeros(n, a, 4), torch.zeros(a, 4)):
+        matched = match_boxes(torch.zeros(n, g, 4), count, boxes, **RPN)
+        assert matched.shape == (n, a)
+        assert matched.dtype == torch.int64
+        assert (matched == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_computes_in_float32(dtype: torch.dtype) -> None:
+    gts, boxes, count = random_boxes(2, 5).to(dtype), random_boxes(90, seed=1).to(dtype), torch.tensor([5, 4])
+    assert torch.equal(match_boxes(gts, count, boxes, **RPN), match_boxes(gts.float(), count, boxes.float(), **RPN))
+
+
+def test_float64_and_non_contiguous() -> None:
+    gts, boxes, count = random_boxes(2, 5), random_boxes(2, 90, seed=1), torch.tensor([5, 4])
+    expected = match_boxes(gts, count, boxes, **RPN)
+    assert torch.equal(match_boxes(gts.double(), count, boxes.double(), **RPN), expected)
+    strided = boxes.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert not strided.is_contiguous()
+    assert torch.equal(match_boxes(gts.flip(1).flip(1), count, strided, **RPN), expected)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements any operator produced."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def test_memory_is_bounded() -> None:
+    """5000 ground truths: 3000 boxes on the CPU, and the shapes alone (device meta) for all 250,000."""
+    gts, count = random_boxes(1, 5000), torch.tensor([5000])
+    with Largest() as largest:
+        match_boxes(gts, count, random_boxes(3000, seed=1), **RPN)
+    assert largest.numel <= 5000 * matcher.MIN_CHUNK + 2 * MARGIN
+    with Largest() as largest:
+        matched = match_boxes(gts.to("meta"), count.to("meta"), torch.empty(250_000, 4, device="meta"), **RPN)
+    assert matched.shape == (1, 250_000)
+    assert largest.numel <= matcher.CHUNK_ELEMENTS
+    small = torch.empty(2, 10, 4, device="meta")
+    with Largest() as largest:
+        match_boxes(small, torch.empty(2, device="meta", dtype=torch.int64), torch.empty(9, 4, device="meta"), **RPN)
+    assert largest.numel <= 2 * 10 * 9, "no more than the pairs there are"
+
+
+def test_anchors_of_an_image_that_fits_no_ground_truth() -> None:
+    """A ground truth smaller than every anchor still gets its best anchors: the reason for low-quality matches."""
+    anchors = grid_anchors(cell_anchors(16, [128], [0.5, 1.0, 2.0]), 20, 30, 16)
+    gts = torch.tensor([[[100.0, 100.0, 109.0, 109.0]]])
+    matched = match_boxes(gts, torch.tensor([1]), anchors, **RPN)[0]
+    quality = box_iou(gts[0], anchors, box_offset=1)[0]
+    assert torch.equal(matched == 0, quality == quality.max())
+    assert 0 < int((matched == 0).sum()) < 100
+
+
+def test_no_host_sync() -> None:
+    gts, boxes, count = random_boxes(2, 5), random_boxes(90, seed=1), torch.tensor([5, 4])
+    with forbid_host_sync(allow_constants=False):
+        match_boxes(gts, count, boxes, **RPN)
+        match_boxes(gts, count, boxes, **BOX_HEAD)
+
+
+@pytest.mark.slow
+def test_compile_fullgraph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matcher, "CPU_CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(matcher, "MIN_CHUNK", 1)
+    gts, boxes, count = random_boxes(2, 5), random_boxes(250, seed=1), torch.tensor([5, 4])
+    compiled = torch.compile(lambda g, c, b: match_boxes(g, c, b, **RPN), fullgraph=True)
+    assert torch.equal(compiled(gts, count, boxes), match_boxes(gts, count, boxes, **RPN))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: match_boxes(torch.zeros(3, 4), torch.ones(1), torch.zeros(1, 4), **RPN), r"\[N, G, 4\], got \[3, 4\]"),
+        (lambda: match_boxes(torch.zeros(2, 3, 4), torch.ones(1), torch.zeros(1, 4), **RPN), r"gt_count .* got \[1\]"),
+        (
+            lambda: match_boxes(torch.zeros(2, 3, 4), torch.ones(2), torch.zeros(1, 5, 4), **RPN),
+            r"boxes must have the shape \[A, 4\] or \[2, A, 4\], got \[1, 5, 4\]",
+        ),
+        (
+            lambda: match_boxes(
+                torch.zeros(2, 3, 4), torch.ones(2), torch.zeros(5, 4), **{**RPN, "low_threshold": 0.8}
+            ),
+            "low_threshold 0.8 is above high_threshold 0.7",
+        ),
+    ],
+)
+def test_bad_arguments(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+MUTATIONS: dict[str, tuple[dict[str, Any], dict[str, bool]]] = {
+    "last ground truth wins ties": ({}, {"last_wins": True}),
+    "low quality takes the ground truth whose best it is": ({}, {"own": False}),
+    "no low quality": ({"allow_low_quality_matches": False}, {}),
+    "modern widths": ({"box_offset": 0}, {}),
+    "strictly above the high threshold": ({"high_threshold": 0.7001}, {}),
+    "at most the low threshold": ({"low_threshold": 0.3001}, {}),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_exact_cases_reject(name: str) -> None:
+    """Each wrong rule differs from the right one on some of the cases of ``test_equals_exact_arithmetic``."""
+    change, mutation = MUTATIONS[name]
+    differs = False
+    for seed in range(4):
+        gts, boxes = exact_case(9, 900 + seed)
+        wrong = exact_match(gts, boxes, {**RPN, **change}, **mutation)
+        differs = differs or wrong != match_one(gts, boxes, RPN).tolist()
+    assert differs
