@@ -16,7 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastrcnn.data.coco_file import ImageTable, InstanceTable, parse_annotations, parse_images, read_json
+from fastrcnn.data.coco_file import (
+    ImageTable,
+    InstanceTable,
+    parse_annotations,
+    parse_images,
+    paused_garbage_collection,
+    read_json,
+)
 from fastrcnn.data.dataset import DataError, ImageInfo, Sample
 from fastrcnn.data.image import read_image
 from fastrcnn.structures import BoxList, SegmentationMask
@@ -56,28 +63,15 @@ class CocoDataset:
         self.annotation_file = Path(annotation_file)
         self.image_folder = Path(image_folder)
         self.name = name or str(annotation_file)
-        raw, content = read_json(self.annotation_file)
-        self.fingerprint = hashlib.sha256(raw).hexdigest()
-        del raw
-
-        categories = _categories(content, self.annotation_file)
-        self.class_names = ["__background__", *categories.values()]
-        self.label_to_category_id = dict(enumerate(categories, start=1))
-        labels = {category: label for label, category in self.label_to_category_id.items()}
-
-        images = parse_images(content, self.annotation_file)
-        instances, self.dropped = parse_annotations(content, self.annotation_file, images, labels)
-        if remove_images_without_annotations:
-            usable = np.zeros(len(images.ids), dtype=bool)
-            usable[instances.image] = True
-            images, instances = _keep_images(images, instances, usable)
+        with paused_garbage_collection():
+            images, instances, total = self._load(remove_images_without_annotations)
         self._images: ImageTable = images
         self._instances: InstanceTable = instances
         # Instances are sorted by image: image i owns the range [first[i], first[i + 1]).
         self._first = np.searchsorted(instances.image, np.arange(len(images.ids) + 1))
         self.has_masks = instances.has_masks
         self._check_files()
-        self._log_summary(total=len(content["images"]))
+        self._log_summary(total)
 
     @property
     def num_classes(self) -> int:
@@ -134,6 +128,25 @@ class CocoDataset:
             "width": int(images.widths[index]),
             "file_name": images.file_names[index],
         }
+
+    def _load(self, remove_images_without_annotations: bool) -> tuple[ImageTable, InstanceTable, int]:
+        """The images and instances to use, and the number of images in the file."""
+        raw, content = read_json(self.annotation_file)
+        self.fingerprint = hashlib.sha256(raw).hexdigest()
+        del raw
+
+        categories = _categories(content, self.annotation_file)
+        self.class_names = ["__background__", *categories.values()]
+        self.label_to_category_id = dict(enumerate(categories, start=1))
+        labels = {category: label for label, category in self.label_to_category_id.items()}
+
+        images = parse_images(content, self.annotation_file)
+        instances, self.dropped = parse_annotations(content, self.annotation_file, images, labels)
+        if remove_images_without_annotations:
+            usable = np.zeros(len(images.ids), dtype=bool)
+            usable[instances.image] = True
+            images, instances = _keep_images(images, instances, usable)
+        return images, instances, len(content["images"])
 
     def _check_files(self) -> None:
         """One listing per folder: a missing file is found now, not in the middle of a run."""

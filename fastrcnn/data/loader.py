@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastrcnn.data.collate import Batch, Normalization, PackedBatch, TestBatch, collate_test, collate_train
@@ -133,7 +135,15 @@ def _data_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=prefetch_factor if num_workers else None,
+        worker_init_fn=_leave_interrupts_to_the_parent,
+        # Of its own, because an iteration draws a number from it: the global generator is the model's.
+        generator=torch.Generator(),
     )
+
+
+def _leave_interrupts_to_the_parent(_worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the parent ends its workers, whose tracebacks would bury its message."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _identity(item: Any) -> Any:

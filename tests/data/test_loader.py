@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import signal
 from typing import Any
 
 import pytest
@@ -328,3 +330,21 @@ def test_concatenation_with_boxes_only_drops_the_masks(dataset: CocoDataset) -> 
     assert not both.has_masks
     assert both[0].target.masks is None
     assert dataset[0].target.masks is not None
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loading_leaves_the_global_random_numbers_alone(dataset: CocoDataset, num_workers: int) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    train_batches(dataset, num_workers=num_workers, num_steps=2)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_workers_leave_an_interrupt_to_the_parent(dataset: CocoDataset, capfd: pytest.CaptureFixture[str]) -> None:
+    batches = iter(make_test_loader(dataset, ims_per_batch=1, normalization=NORMALIZATION, num_workers=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid or 0, signal.SIGINT)
+    assert len(list(batches)) == 6
+    assert "Traceback" not in capfd.readouterr().err
