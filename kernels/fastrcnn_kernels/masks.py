@@ -25,7 +25,7 @@ from torch import Tensor
 from fastrcnn_kernels import _library
 
 # Elements [rois, edges, columns] worked on at a time: a few float64 arrays of this size stay in the cache of a core.
-_CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 # Grid coordinates are saturated here; pycocotools overflows its ints at twice that.
 _GRID_LIMIT = float(1 << 30)
 # A pasted mask of more than this many times the image's pixels is resized only where it is seen.
