@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fastrcnn import build
 from fastrcnn.config import Config, dump_config, load_config
+from fastrcnn.data.catalog import CATALOG, resolve
 from fastrcnn.data.dataset import DetectionDataset
 from fastrcnn.engine.checkpoint import Checkpointer
 from fastrcnn.engine.command import UsageError, make_parser, run_command
@@ -133,7 +134,7 @@ def build_run(cfg: Config, world: World, args: argparse.Namespace) -> Run:
     test_datasets: dict[str, DetectionDataset] = {}
     if not args.skip_test or cfg.SOLVER.TEST_PERIOD:
         check_batch_size("TEST.IMS_PER_BATCH", cfg.TEST.IMS_PER_BATCH, world)
-        test_datasets = build_test_datasets(cfg, cfg.DATASETS.TEST, like=dataset)
+        test_datasets = build_test_datasets(cfg, present_test_sets(cfg), like=dataset)
 
     seed_everything(cfg.SOLVER.SEED)
     model = build.build_model(cfg)
@@ -181,6 +182,25 @@ def build_run(cfg: Config, world: World, args: argparse.Namespace) -> Run:
     # Wrapped last: it sends rank 0's weights to all ranks.
     step.model = wrap_model(model, world)
     return Run(cfg, world, dataset, test_datasets, step, checkpointer, start_iteration)
+
+
+def present_test_sets(cfg: Config) -> list[str]:
+    """DATASETS.TEST without the catalog's sets that are not on this machine, which only an evaluation would need.
+
+    The configurations of maskrcnn-benchmark name COCO's; whoever trains on own data may not have it. With
+    SOLVER.TEST_PERIOD the run does need them, and building them raises DataError.
+    """
+    present = []
+    for name in cfg.DATASETS.TEST:
+        if name in CATALOG and not cfg.SOLVER.TEST_PERIOD and not resolve(name).annotation_file.exists():
+            logger.warning(
+                "DATASETS.TEST %s: %s is missing; this run will not be evaluated on it",
+                name,
+                resolve(name).annotation_file,
+            )
+        else:
+            present.append(name)
+    return present
 
 
 def start_output(this: Run, args: argparse.Namespace, command_line: Sequence[str]) -> None:

@@ -185,7 +185,16 @@ class Checkpointer:
             "best": self.best,
         }
         logger.info("Saving checkpoint to %s", path)
-        write_atomically(path, lambda file: torch.save(content, file))
+        try:
+            write_atomically(path, lambda file: torch.save(content, file))
+        except (OSError, RuntimeError) as error:
+            # torch.save hides a full disk behind an assertion about positions in the archive.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise OSError(
+                cause.errno, f"checkpoint not written, earlier ones are whole: {cause.strerror}", str(path)
+            ) from error
 
     def _remove_old(self) -> None:
         if self.keep <= 0:

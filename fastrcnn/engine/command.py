@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 
 from fastrcnn.config import ConfigError
@@ -86,11 +87,13 @@ def run_command(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130
-    except Exception:
+    except Exception as error:
         rank = os.environ.get("RANK")
         where = f"rank {rank}: " if rank is not None else ""
         # Without handlers, logging itself prints errors to stderr.
         logger.error("%s%s", where, traceback.format_exc().rstrip())
+        if isinstance(error, torch.OutOfMemoryError):
+            logger.error("Out of GPU memory: lower SOLVER.IMS_PER_BATCH or INPUT.MAX_SIZE_TRAIN, or use DTYPE bfloat16")
         code = 1
     finally:
         close_logging()

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -158,6 +159,28 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(path, half)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def save_on_a_full_disk(rig: Rig) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    try:
+        rig.checkpointer.save(2)
+    except OSError as error:
+        os._exit(42 if "File too large" in str(error) else 1)
+    os._exit(0)
+
+
+def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    rig = trained(tmp_path)
+    rig.checkpointer.save(1)
+    for parameter in rig.checkpointer.model.parameters():
+        parameter.data = torch.zeros(100_000)
+    child = multiprocessing.get_context("fork").Process(target=save_on_a_full_disk, args=(rig,))
+    child.start()
+    child.join()
+    assert child.exitcode == 42
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
+    assert make_rig(tmp_path).checkpointer.load_for_resume() == 1
 
 
 def test_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:

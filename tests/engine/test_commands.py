@@ -257,6 +257,52 @@ def test_test_set_with_other_names_is_refused_before_training(
     assert not (tmp_path / "out").exists()
 
 
+def test_absent_test_set_of_the_catalog(
+    small_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A configuration of maskrcnn-benchmark names COCO's test set; training on other data does not need it."""
+    monkeypatch.setenv("FASTRCNN_DATASETS", str(tmp_path))
+    arguments = ["--config-file", small_config, "DATASETS.TEST", "('coco_2014_minival',)", "SOLVER.MAX_ITER", "1"]
+    assert train.main([*arguments, "OUTPUT_DIR", str(tmp_path / "a")]) == 0
+    assert "instances_minival2014.json is missing; this run will not be evaluated on it" in capsys.readouterr().out
+    assert train.main([*arguments, "OUTPUT_DIR", str(tmp_path / "b"), "SOLVER.TEST_PERIOD", "1"]) == 2
+    assert "instances_minival2014.json" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_deterministic_runs_are_equal(small_config: str, tmp_path: Path) -> None:
+    try:
+        for name in "ab":
+            arguments = ["--deterministic", "--skip-test", "OUTPUT_DIR", str(tmp_path / name), "SOLVER.MAX_ITER", "2"]
+            assert train.main(["--config-file", small_config, *arguments]) == 0
+            assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    a, b = (read_checkpoint(tmp_path / name / "model_final.pth")["model"] for name in "ab")
+    assert_same(a, b)
+    assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
+
+
+def test_the_seed_decides(whole_run: Path, small_config: str, tmp_path: Path) -> None:
+    arguments = ["--skip-test", "OUTPUT_DIR", str(tmp_path / "a"), "SOLVER.MAX_ITER", "1", "SOLVER.SEED", "1"]
+    assert train.main(["--config-file", small_config, *arguments]) == 0
+    assert losses_of(tmp_path / "a")[0]["loss"] != losses_of(whole_run)[0]["loss"]
+
+
+def test_failure_exits_with_1(
+    small_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def explode(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.TrainStep, "__call__", explode)
+    assert train.main(["--config-file", small_config, "--skip-test", "OUTPUT_DIR", str(tmp_path / "out")]) == 1
+    said = (tmp_path / "out/log.txt").read_text()
+    assert said.count("Traceback") == 1
+    assert "lower SOLVER.IMS_PER_BATCH" in said
+    assert "Traceback" in capsys.readouterr().out
+
+
 def test_diverging_run_exits_with_3(small_config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     arguments = ["SOLVER.BASE_LR", "1e20", "SOLVER.WARMUP_ITERS", "0", "SOLVER.CHECKPOINT_PERIOD", "1"]
