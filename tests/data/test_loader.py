@@ -274,7 +274,7 @@ def test_any_object_of_the_protocol_is_a_data_set(num_workers: int) -> None:
     assert all(target.masks is None for batch in batches for target in batch.targets)
 
 
-def test_batches_can_be_prepared_by_spawned_processes(dataset: CocoDataset) -> None:
+def test_what_a_worker_needs_can_be_pickled(dataset: CocoDataset) -> None:
     """Spawned and fork-server workers (Python 3.14's default) get the data set by pickle."""
     loader = make_train_loader(
         dataset, ims_per_batch=2, num_steps=2, transform=TRANSFORM, normalization=NORMALIZATION, num_workers=1, seed=3
@@ -282,7 +282,6 @@ def test_batches_can_be_prepared_by_spawned_processes(dataset: CocoDataset) -> N
     again = pickle.loads(pickle.dumps(loader._batches.dataset))
     item = next(iter(loader._batches.sampler))
     assert_same(again[item].unpack(), train_batches(dataset, num_steps=1)[0])
-    assert multiprocessing.get_start_method(allow_none=False)
 
 
 def targets_of_many_polygons(count: int) -> BoxList:
@@ -348,3 +347,15 @@ def test_workers_leave_an_interrupt_to_the_parent(dataset: CocoDataset, capfd: p
     os.kill(worker.pid or 0, signal.SIGINT)
     assert len(list(batches)) == 6
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_pixels_are_pinned(dataset: CocoDataset, num_workers: int) -> None:
+    batches = train_batches(dataset, pin_memory=True, num_workers=num_workers, num_steps=2)
+    assert all(batch.images.tensors.is_pinned() for batch in batches)
+    for a, b in zip(batches, train_batches(dataset, num_steps=2), strict=True):
+        assert_same(a, b)
+    loader = make_test_loader(dataset, ims_per_batch=2, normalization=NORMALIZATION, pin_memory=True)
+    assert all(batch.images.tensors.is_pinned() for batch in loader)
