@@ -52,7 +52,7 @@ class _Pairs:
         self.area = torch.where(finite, area, 1).unsqueeze(1)  # [1 or N, 1, A]
         sides = torch.where(finite.unsqueeze(-1), boxes, far)  # [1 or N, A, 4]
         self.sides = [side.unsqueeze(1) for side in sides.movedim(-1, 0).contiguous()]  # [1 or N, 1, A] each
-        # Added to the IoU: 0 is exact for the valid, and -2 puts the others below every valid IoU.
+        # Added to the IoU: 0 is exact for the valid, and -2 puts the others below every valid IoU and every threshold.
         self.penalty = torch.where(self.valid, 0.0, -2.0).to(gt_boxes.dtype).unsqueeze(2)  # [N, G, 1]
 
     def iou(self, start: int, stop: int) -> Tensor:
@@ -95,7 +95,7 @@ def match_boxes(
         gt_count: int64 [N], not read on the host.
         boxes: [A, 4], anchors common to all images, or [N, A, 4].
         high_threshold: IoU from which a box is matched.
-        low_threshold: IoU below which a box is background; at most ``high_threshold``.
+        low_threshold: IoU below which a box is background; from 0 to ``high_threshold``.
         allow_low_quality_matches: the RPN's rule, see the head of this file.
         box_offset: 0, or 1 for inclusive pixels.
 
@@ -113,8 +113,8 @@ def match_boxes(
     _check_offset(box_offset)
     if boxes.dim() not in (2, 3) or (boxes.dim() == 3 and boxes.shape[0] != num_images):
         raise ValueError(f"boxes must have the shape [A, 4] or [{num_images}, A, 4], got {list(boxes.shape)}")
-    if low_threshold > high_threshold:
-        raise ValueError(f"low_threshold {low_threshold} is above high_threshold {high_threshold}")
+    if not 0 <= low_threshold <= high_threshold:
+        raise ValueError(f"0 <= low_threshold <= high_threshold is needed, got {low_threshold} and {high_threshold}")
     num_boxes = boxes.shape[-2]
     if num_images == 0 or num_gts == 0 or num_boxes == 0:
         return gt_count.new_full((num_images, num_boxes), BELOW_LOW_THRESHOLD, dtype=torch.int64)
@@ -142,5 +142,4 @@ def match_boxes(
         ties = [pairs.iou(start, min(start + chunk, num_boxes)).sub_(target).amax(dim=1) >= 0 for start in starts]
         keep = keep | torch.cat(ties, dim=1)  # [N, A]
     unmatched = torch.where(best < low_threshold, BELOW_LOW_THRESHOLD, BETWEEN_THRESHOLDS)  # [N, A]
-    matched = torch.where(keep, matched, unmatched)  # [N, A]
-    return torch.where(pairs.valid.any(dim=1, keepdim=True), matched, BELOW_LOW_THRESHOLD)  # [N, A]
+    return torch.where(keep, matched, unmatched)  # [N, A]

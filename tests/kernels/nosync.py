@@ -10,6 +10,7 @@ call the implementation itself.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,8 @@ READS_DATA = {
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
 READING_METHODS = ("tolist", "numpy", "cpu", "__array__", "item")
 BUILDING_FUNCTIONS = ("tensor", "as_tensor", "from_numpy")
+# Poisons and guards the buffers that the code under test allocates, in the middle of it.
+TEST_MACHINERY = {"tests.kernels.helpers"}
 
 
 class HostSync(AssertionError):
@@ -85,6 +88,8 @@ class _ForbidCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if sys._getframe(1).f_globals.get("__name__") in TEST_MACHINERY:
+            return func(*args, **kwargs)
         if func in self.reading:
             raise HostSync(f"{self.reading[func]} reads data on the host")
         if func in self.building:

@@ -21,6 +21,7 @@ SETTINGS = [
     pytest.param(BOX_HEAD, id="box-head"),
     pytest.param({**RPN, "box_offset": 0}, id="rpn-modern"),
     pytest.param({**RPN, "allow_low_quality_matches": False}, id="rpn-no-low-quality"),
+    pytest.param({**RPN, "low_threshold": 0.0}, id="rpn-no-background"),
 ]
 
 
@@ -104,7 +105,7 @@ def test_equals_the_rule_in_float32(arguments: dict[str, Any], num_gts: int) -> 
     actual = match_one(gts, boxes, arguments)
     assert actual.dtype == torch.int64
     assert actual.tolist() == expected
-    assert num_gts == 1 or {-1} < set(expected), "the case would prove nothing"
+    assert num_gts == 1 or len(set(expected)) > 1, "the case would prove nothing"
 
 
 def test_detectron2_golden() -> None:
@@ -185,7 +186,7 @@ def test_bad_boxes_spoil_only_themselves(arguments: dict[str, Any], value: float
     spoiled[17, 2] = value
     without = [a for a in range(100) if a != 17]
     matched = match_one(gts, spoiled, arguments)
-    assert matched[17] == -1
+    assert matched[17] == (-2 if arguments["low_threshold"] == 0 else -1), "IoU 0 with everything"
     assert torch.equal(matched[without], match_one(gts, boxes[without], arguments))
     bad_gts = torch.cat([gts[:2], torch.full((1, 4), value), gts[2:]])
     expected = match_one(gts, boxes, arguments)
@@ -226,14 +227,14 @@ def test_float64_and_non_contiguous() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The most elements any operator produced."""
+    """The most elements any operator produced; raw bytes, of which the test's guarded buffers are made, aside."""
 
     numel = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype != torch.uint8:
                 self.numel = max(self.numel, tensor.numel())
         return out
 
@@ -293,7 +294,7 @@ def test_compile_fullgraph(monkeypatch: pytest.MonkeyPatch) -> None:
             lambda: match_boxes(
                 torch.zeros(2, 3, 4), torch.ones(2), torch.zeros(5, 4), **{**RPN, "low_threshold": 0.8}
             ),
-            "low_threshold 0.8 is above high_threshold 0.7",
+            "0 <= low_threshold <= high_threshold is needed, got 0.8 and 0.7",
         ),
     ],
 )
