@@ -32,7 +32,15 @@ def build_model(cfg: Config) -> GeneralizedRCNN:
     Raises:
         ConfigError: the configuration names a part that does not exist or does not fit.
     """
-    convention = CONVENTIONS[cfg.MODEL.CONVENTION]
+    _refuse_what_is_not_built(cfg)
+    try:
+        model = _assemble(cfg, CONVENTIONS[cfg.MODEL.CONVENTION])
+    except ValueError as error:  # sizes that do not fit each other, found by the part that they belong to
+        raise ConfigError(str(error)) from error
+    return model.to(cfg.MODEL.DEVICE)
+
+
+def _assemble(cfg: Config, convention: Convention) -> GeneralizedRCNN:
     backbone = _build_backbone(cfg, convention)
     box = mask = None
     if not cfg.MODEL.RPN_ONLY:
@@ -40,12 +48,42 @@ def build_model(cfg: Config) -> GeneralizedRCNN:
         if cfg.MODEL.MASK_ON:
             mask = _build_mask_head(cfg, backbone.out_channels, convention, box)
     rpn = _build_rpn(cfg, backbone.out_channels, convention)
-    model = GeneralizedRCNN(backbone, rpn, box, mask, channels_last=cfg.MODEL.CHANNELS_LAST)
-    return model.to(cfg.MODEL.DEVICE)
+    return GeneralizedRCNN(backbone, rpn, box, mask, channels_last=cfg.MODEL.CHANNELS_LAST)
 
 
-def _unsupported(key: str, value: Any, choices: str) -> ConfigError:
-    return ConfigError(f"{key} {value!r} is not built by this version; choose {choices}")
+def _refuse_what_is_not_built(cfg: Config) -> None:
+    """Keys that the configuration allows because maskrcnn-benchmark has them, and that no code here acts on yet."""
+    model, body = cfg.MODEL, cfg.MODEL.BACKBONE.CONV_BODY
+    bodies = [f"R-{depth}-{neck}" for neck in ("FPN", "C4") for depth in (18, 34, 50, 101, 152)]
+    extractors = ["FPN2MLPFeatureExtractor", "ResNet50Conv5ROIFeatureExtractor"]
+    rules: list[tuple[str, Any, list[Any]]] = [
+        ("MODEL.BACKBONE.CONV_BODY", body, bodies),
+        ("MODEL.RETINANET_ON", model.RETINANET_ON, [False]),
+        ("MODEL.KEYPOINT_ON", model.KEYPOINT_ON, [False]),
+        ("MODEL.RESNETS.STAGE_WITH_DCN", any(model.RESNETS.STAGE_WITH_DCN), [False]),
+        ("MODEL.RPN.RPN_HEAD", model.RPN.RPN_HEAD, ["SingleConvRPNHead"]),
+        ("TEST.BBOX_AUG.ENABLED", cfg.TEST.BBOX_AUG.ENABLED, [False]),
+    ]
+    if not model.RPN_ONLY:
+        rules.append(("MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR", model.ROI_BOX_HEAD.FEATURE_EXTRACTOR, extractors))
+    if model.MASK_ON:
+        mask = model.ROI_MASK_HEAD
+        rules += [
+            ("MODEL.ROI_MASK_HEAD.PREDICTOR", mask.PREDICTOR, ["MaskRCNNC4Predictor"]),
+            ("MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS", mask.POSTPROCESS_MASKS, [False]),
+        ]
+        if not mask.SHARE_BOX_FEATURE_EXTRACTOR:
+            extractors = ["MaskRCNNFPNFeatureExtractor", "ResNet50Conv5ROIFeatureExtractor"]
+            rules.append(("MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR", mask.FEATURE_EXTRACTOR, extractors))
+    for key, value, built in rules:
+        if value not in built:
+            choices = " or ".join(str(choice) for choice in built)
+            raise ConfigError(f"{key} {value!r} is not built by this version; choose {choices}")
+    if model.RESNETS.TRANS_FUNC.endswith("GN") != model.RESNETS.STEM_FUNC.endswith("GN"):
+        raise ConfigError(
+            f"MODEL.RESNETS.STEM_FUNC {model.RESNETS.STEM_FUNC!r} and TRANS_FUNC {model.RESNETS.TRANS_FUNC!r} differ "
+            "in their normalisation; choose both with GN or both with FixedBatchNorm"
+        )
 
 
 def _group_norm(cfg: Config) -> NormFactory:
@@ -56,16 +94,6 @@ def _group_norm(cfg: Config) -> NormFactory:
 def _build_backbone(cfg: Config, convention: Convention) -> Backbone:
     resnets = cfg.MODEL.RESNETS
     depth, neck = _body_name(cfg)
-    if cfg.MODEL.RETINANET_ON or cfg.MODEL.KEYPOINT_ON:
-        key = "MODEL.RETINANET_ON" if cfg.MODEL.RETINANET_ON else "MODEL.KEYPOINT_ON"
-        raise _unsupported(key, True, "False")
-    if any(resnets.STAGE_WITH_DCN):
-        raise _unsupported("MODEL.RESNETS.STAGE_WITH_DCN", resnets.STAGE_WITH_DCN, "no deformable stages")
-    if resnets.TRANS_FUNC.endswith("GN") != resnets.STEM_FUNC.endswith("GN"):
-        raise ConfigError(
-            f"MODEL.RESNETS.STEM_FUNC {resnets.STEM_FUNC!r} and TRANS_FUNC {resnets.TRANS_FUNC!r} differ in their "
-            "normalisation; choose both with GN or both with FixedBatchNorm"
-        )
     body = ResNet(
         depth,
         norm=_body_norm(cfg, convention),
@@ -91,16 +119,7 @@ def _build_backbone(cfg: Config, convention: Convention) -> Backbone:
 
 def _body_name(cfg: Config) -> tuple[int, str]:
     """(depth, "FPN" or "C4") of ``MODEL.BACKBONE.CONV_BODY``."""
-    name = cfg.MODEL.BACKBONE.CONV_BODY
-    family, _, rest = name.partition("-")
-    depth, _, neck = rest.partition("-")
-    if family != "R" or neck not in ("FPN", "C4"):
-        raise _unsupported("MODEL.BACKBONE.CONV_BODY", name, "R-{18,34,50,101,152}-FPN or R-{50,101}-C4")
-    if (neck == "FPN") != cfg.MODEL.RPN.USE_FPN:
-        raise ConfigError(
-            f"MODEL.BACKBONE.CONV_BODY {name!r} does not fit MODEL.RPN.USE_FPN {cfg.MODEL.RPN.USE_FPN}; "
-            f"set MODEL.RPN.USE_FPN {neck == 'FPN'}"
-        )
+    _, depth, neck = cfg.MODEL.BACKBONE.CONV_BODY.split("-")
     return int(depth), neck
 
 
@@ -112,19 +131,8 @@ def _body_norm(cfg: Config, convention: Convention) -> NormFactory:
 
 def _build_rpn(cfg: Config, in_channels: int, convention: Convention) -> RPN:
     rpn = cfg.MODEL.RPN
-    if rpn.RPN_HEAD != "SingleConvRPNHead":
-        raise _unsupported("MODEL.RPN.RPN_HEAD", rpn.RPN_HEAD, "SingleConvRPNHead")
-    if not rpn.USE_FPN:
-        if len(rpn.ANCHOR_STRIDE) != 1:
-            raise ConfigError(f"MODEL.RPN.ANCHOR_STRIDE {rpn.ANCHOR_STRIDE}: a model without an FPN has one stride")
-        sizes = [tuple(rpn.ANCHOR_SIZES)]
-    elif len(rpn.ANCHOR_SIZES) == len(rpn.ANCHOR_STRIDE):
-        sizes = [(size,) for size in rpn.ANCHOR_SIZES]
-    else:
-        raise ConfigError(
-            f"MODEL.RPN.ANCHOR_SIZES has {len(rpn.ANCHOR_SIZES)} sizes and ANCHOR_STRIDE {len(rpn.ANCHOR_STRIDE)} "
-            "strides; an FPN has one of each a level"
-        )
+    # A pyramid has one size a level, a single level all of them.
+    sizes = [(size,) for size in rpn.ANCHOR_SIZES] if rpn.USE_FPN else [tuple(rpn.ANCHOR_SIZES)]
     return RPN(
         in_channels,
         AnchorGenerator(
@@ -167,14 +175,6 @@ def _conv5_extractor(cfg: Config, in_channels: int, pooler: Pooler, convention: 
 
 def _build_box_head(cfg: Config, in_channels: int, convention: Convention) -> BoxHead:
     heads, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
-    predictors = {"FPN2MLPFeatureExtractor": "FPNPredictor", "ResNet50Conv5ROIFeatureExtractor": "FastRCNNPredictor"}
-    if box.FEATURE_EXTRACTOR not in predictors:
-        raise _unsupported("MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR", box.FEATURE_EXTRACTOR, " or ".join(predictors))
-    if box.PREDICTOR != predictors[box.FEATURE_EXTRACTOR]:
-        raise ConfigError(
-            f"MODEL.ROI_BOX_HEAD.PREDICTOR {box.PREDICTOR!r} does not fit FEATURE_EXTRACTOR "
-            f"{box.FEATURE_EXTRACTOR!r}; set {predictors[box.FEATURE_EXTRACTOR]}"
-        )
     pooler = Pooler(box.POOLER_RESOLUTION, box.POOLER_SCALES, box.POOLER_SAMPLING_RATIO, convention)
     extractor: nn.Module
     if box.FEATURE_EXTRACTOR == "FPN2MLPFeatureExtractor":
@@ -203,41 +203,21 @@ def _build_box_head(cfg: Config, in_channels: int, convention: Convention) -> Bo
 
 def _build_mask_head(cfg: Config, in_channels: int, convention: Convention, box: BoxHead) -> MaskHead:
     mask = cfg.MODEL.ROI_MASK_HEAD
-    if mask.PREDICTOR != "MaskRCNNC4Predictor":
-        raise _unsupported("MODEL.ROI_MASK_HEAD.PREDICTOR", mask.PREDICTOR, "MaskRCNNC4Predictor")
-    pooler = Pooler(mask.POOLER_RESOLUTION, mask.POOLER_SCALES, mask.POOLER_SAMPLING_RATIO, convention)
-    side = mask.POOLER_RESOLUTION
     extractor: nn.Module
     if mask.SHARE_BOX_FEATURE_EXTRACTOR:
         extractor = box.feature_extractor
-        if not isinstance(extractor, ResNetConv5FeatureExtractor):
-            raise ConfigError(
-                "MODEL.ROI_MASK_HEAD.SHARE_BOX_FEATURE_EXTRACTOR needs a box head that keeps feature maps "
-                "(ResNet50Conv5ROIFeatureExtractor); set it to False"
-            )
-        side = extractor.pooler.resolution // 2
-    elif mask.FEATURE_EXTRACTOR == "MaskRCNNFPNFeatureExtractor":
-        extractor = MaskRCNNFPNFeatureExtractor(
-            in_channels,
-            pooler,
-            mask.CONV_LAYERS,
-            dilation=mask.DILATION,
-            norm=_group_norm(cfg) if mask.USE_GN else None,
-        )
-    elif mask.FEATURE_EXTRACTOR == "ResNet50Conv5ROIFeatureExtractor":
-        extractor = _conv5_extractor(cfg, in_channels, pooler, convention)
-        side = mask.POOLER_RESOLUTION // 2
     else:
-        raise _unsupported(
-            "MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR",
-            mask.FEATURE_EXTRACTOR,
-            "MaskRCNNFPNFeatureExtractor or ResNet50Conv5ROIFeatureExtractor",
-        )
-    if mask.RESOLUTION != 2 * side:
-        raise ConfigError(
-            f"MODEL.ROI_MASK_HEAD.RESOLUTION {mask.RESOLUTION} must be {2 * side}: the predictor doubles the side of "
-            f"the features, {side}"
-        )
+        pooler = Pooler(mask.POOLER_RESOLUTION, mask.POOLER_SCALES, mask.POOLER_SAMPLING_RATIO, convention)
+        if mask.FEATURE_EXTRACTOR == "MaskRCNNFPNFeatureExtractor":
+            extractor = MaskRCNNFPNFeatureExtractor(
+                in_channels,
+                pooler,
+                mask.CONV_LAYERS,
+                dilation=mask.DILATION,
+                norm=_group_norm(cfg) if mask.USE_GN else None,
+            )
+        else:
+            extractor = _conv5_extractor(cfg, in_channels, pooler, convention)
     features: int = extractor.out_channels  # type: ignore[assignment]
     positives_only = mask.POSITIVES_ONLY
     if positives_only == "auto":
