@@ -1,10 +1,12 @@
 """Faster R-CNN and Mask R-CNN: train, evaluate and predict on kernels of its own.
 
+Example::
+
     cfg = fastrcnn.load_config("configs/e2e_mask_rcnn_R_50_FPN_1x.yaml", ["MODEL.DEVICE", "cpu"])
     model = fastrcnn.build_model(cfg)
     report = fastrcnn.load_weights(model, "weights.pth")
-    losses = model(images, targets)   # in training: ImageList, list[BoxList] -> dict of losses
-    found = model(images)             # in evaluation: list[BoxList] with scores, labels, masks
+    losses = model(images, targets)  # in training: ImageList, list[BoxList] -> dict of losses
+    found = model(images)  # in evaluation: list[BoxList] with scores, labels, masks
 """
 
 from fastrcnn.build import build_model

@@ -64,7 +64,7 @@ def evaluate(args: argparse.Namespace) -> int:
     weights = find_weights(cfg, args.weights)
     datasets = build_test_datasets(cfg, names)
     model = build.build_model(cfg)
-    logger.info("%s", load_weights(model, weights, strict_shapes=True))
+    logger.info("%s", load_weights(model, weights, complete=True))
     with StopSignals(world) as stop:
         all_results = evaluate_model(cfg, model, datasets, world, stop, about={"weights": str(weights)})
     if world.is_main:

@@ -260,14 +260,7 @@ def load_predictor(cfg: Config, weights: Path, threshold: float) -> Predictor:
         raise UsageError("MODEL.RPN_ONLY True: the model gives proposals, not detections")
     pick_device(cfg.MODEL.DEVICE)
     model = build_model(cfg)
-    report = load_weights(model, weights)
-    # Cell anchors follow from the configuration; files of other systems do not have them.
-    missing = [name for name in report.missing if ".cell_anchors." not in name]
-    if missing:
-        raise UsageError(
-            f"{weights}: lacks {len(missing)} of the model's tensors, the first is {missing[0]}; "
-            "choose the configuration that the weights were trained with"
-        )
+    load_weights(model, weights, complete=True)
     return Predictor(model, cfg, find_class_names(cfg, weights), threshold=threshold)
 
 

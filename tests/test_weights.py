@@ -50,6 +50,19 @@ def test_another_number_of_classes(tmp_path):
     assert torch.equal(other.roi_heads["box"].predictor.cls_score.weight, before)
 
 
+def test_a_model_to_be_used_needs_all_its_tensors(tmp_path):
+    state = small_model(seed=1).state_dict()
+    anchors = [name for name in state if "cell_anchors" in name]
+    path = saved(tmp_path, {name: value for name, value in state.items() if name not in anchors})
+    report = load_weights(small_model(), path, complete=True)
+    assert report.missing == anchors
+    del state["rpn.head.conv.bias"]
+    path = saved(tmp_path, state)
+    assert load_weights(small_model(), path).missing == ["rpn.head.conv.bias"]
+    with pytest.raises(WeightsError, match=r"lacks 1 of the model's tensors, the first is rpn\.head\.conv\.bias"):
+        load_weights(small_model(), path, complete=True)
+
+
 class Attack:
     def __reduce__(self):
         return (print, ("this must never be printed",))

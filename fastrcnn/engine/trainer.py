@@ -84,6 +84,7 @@ def train(
             raise Stopped(signum, f"after iteration {iteration}; go on with --resume")
 
         if evaluate is not None and test_period > 0 and iteration % test_period == 0 and not last:
+            progress.require_finite(iteration, checkpointer)
             found = evaluate(iteration)
             metric = next((name for name in best_metric if name in found), None)
             if metric is not None:

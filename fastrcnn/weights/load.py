@@ -45,7 +45,9 @@ class WeightsReport:
         )
 
 
-def load_weights(model: nn.Module, path: str | Path, *, strict_shapes: bool = True) -> WeightsReport:
+def load_weights(
+    model: nn.Module, path: str | Path, *, strict_shapes: bool = True, complete: bool = False
+) -> WeightsReport:
     """Fill ``model`` from a file.
 
     Args:
@@ -54,9 +56,11 @@ def load_weights(model: nn.Module, path: str | Path, *, strict_shapes: bool = Tr
             ``weights_only=True``: a file cannot run code.
         strict_shapes: raise where a tensor has another shape; False leaves such tensors as they are and reports them,
             which is what fine-tuning with another number of classes wants.
+        complete: raise where the file lacks a tensor of the model, as a model to be used, not trained, must have all.
+            Cell anchors may be absent: they follow from the configuration, and other systems do not save them.
 
     Raises:
-        WeightsError: the file is missing, unreadable, fits nowhere, or has tensors of another shape.
+        WeightsError: the file is missing, unreadable, fits nowhere, has tensors of another shape, or lacks some.
     """
     state = read_state_dict(path)
     own = model.state_dict()
@@ -81,6 +85,12 @@ def load_weights(model: nn.Module, path: str | Path, *, strict_shapes: bool = Tr
     if report.mismatched and strict_shapes:
         raise WeightsError(
             f"{path}: {len(report.mismatched)} tensors have another shape, the first is {report.mismatched[0]}; "
+            "choose the configuration that the weights were trained with"
+        )
+    absent = [name for name in report.missing if ".cell_anchors." not in name]
+    if complete and absent:
+        raise WeightsError(
+            f"{path}: lacks {len(absent)} of the model's tensors, the first is {absent[0]}; "
             "choose the configuration that the weights were trained with"
         )
     return report
