@@ -149,17 +149,20 @@ def test_non_contiguous() -> None:
 
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_clip_boxes_to_image(offset: int) -> None:
-    boxes = torch.tensor([[-5.0, -6.0, 500.0, 600.0], [1.0, 2.0, 3.0, 4.0], [59.5, 39.5, 61.0, 41.0]])
+    boxes = torch.tensor(
+        [[-5.0, -6.0, 500.0, 600.0], [1.0, 2.0, 3.0, 4.0], [59.5, 39.5, 61.0, 41.0], [-9.0, -8.0, -3.0, -2.0]]
+    )
     expected = torch.tensor(
         [
             [0.0, 0.0, 60.0 - offset, 40.0 - offset],
             [1.0, 2.0, 3.0, 4.0],
             [min(59.5, 60 - offset), min(39.5, 40 - offset), 60.0 - offset, 40.0 - offset],
+            [0.0, 0.0, 0.0, 0.0],
         ]
     )
     assert torch.equal(clip_boxes_to_image(boxes, (40, 60), box_offset=offset), expected)
     sizes = torch.tensor([[40, 60], [20, 30]])
-    batched = clip_boxes_to_image(boxes.expand(2, 3, 4), sizes, box_offset=offset)
+    batched = clip_boxes_to_image(boxes.expand(2, 4, 4), sizes, box_offset=offset)
     assert torch.equal(batched[0], expected)
     assert torch.equal(batched[1], clip_boxes_to_image(boxes, (20, 30), box_offset=offset))
     assert torch.equal(clip_boxes_to_image(boxes, sizes[1], box_offset=offset), batched[1])
