@@ -153,6 +153,40 @@ def _mask_targets_reference(
     return masks
 
 
+def _mask_targets_cpp(
+    vertices: Tensor,
+    polygon_offsets: Tensor,
+    instance_offsets: Tensor,
+    instance_idxs: Tensor,
+    boxes: Tensor,
+    clip_size: Tensor | None,
+    mask_size: int,
+    max_vertices: int,
+    max_polygons: int,
+) -> Tensor:
+    masks = torch.zeros((boxes.shape[0], mask_size, mask_size), dtype=torch.uint8)
+    # The tensors are held by name until the call is over: it gets their addresses only.
+    vertices, boxes = vertices.contiguous(), boxes.contiguous()
+    tables = [t.to(torch.int64).contiguous() for t in (polygon_offsets, instance_offsets, instance_idxs)]
+    clip = None if clip_size is None else clip_size.to(torch.float32).contiguous()
+    _library.extension().mask_targets(
+        vertices=vertices.data_ptr(),
+        num_vertices=vertices.shape[0],
+        polygon_offsets=tables[0].data_ptr(),
+        num_polygons=tables[0].shape[0] - 1,
+        instance_offsets=tables[1].data_ptr(),
+        num_instances=tables[1].shape[0] - 1,
+        idxs=tables[2].data_ptr(),
+        boxes=boxes.data_ptr(),
+        clip=0 if clip is None else clip.data_ptr(),
+        num_regions=boxes.shape[0],
+        size=mask_size,
+        masks=masks.data_ptr(),
+        num_threads=torch.get_num_threads(),
+    )
+    return masks
+
+
 def _mask_targets_fake(
     vertices: Tensor,
     polygon_offsets: Tensor,
@@ -171,6 +205,7 @@ _mask_targets = _library.define(
     "mask_targets(Tensor vertices, Tensor polygon_offsets, Tensor instance_offsets, Tensor instance_idxs, "
     "Tensor boxes, Tensor? clip_size, SymInt mask_size, SymInt max_vertices, SymInt max_polygons) -> Tensor",
     reference=_mask_targets_reference,
+    cpp=_mask_targets_cpp,
     fake=_mask_targets_fake,
 )
 
@@ -208,9 +243,9 @@ def mask_targets(
         boxes: float32 [K, 4], (x1, y1, x2, y2) in pixels of the network's input image. A box without a positive extent
             (maskrcnn-benchmark divides by zero there) or with a NaN or an infinity gives zeros.
         mask_size: M, pixels a side.
-        max_vertices: the most vertices of one instance, over all its polygons, on the host. It bounds the work: further
-            vertices would be ignored.
-        max_polygons: the most polygons of one instance.
+        max_vertices: the most vertices of one instance, over all its polygons, on the host. It bounds the work; it must
+            not be too small, which cannot be checked without waiting for the device.
+        max_polygons: the most polygons of one instance; the same.
         clip_size: [K, 2], (width, height) of each region's image, to clamp corners at width - 1 and height - 1. Without
             it corners are clamped at 0 only, which is all that boxes already clipped to the image need.
 

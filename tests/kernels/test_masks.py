@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,24 @@ from pycocotools import mask as coco_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrcnn.outlines import mask_to_polygon
-from fastrcnn_kernels import mask_targets, masks
-from tests.kernels.helpers import ForbidSync
+from fastrcnn_kernels import mask_targets, masks, set_backend
+from tests.kernels.helpers import ForbidSync, Place
 from tests.kernels.mutations import mutated
 from tests.kernels.polygon_cases import FAMILIES, packed, random_instances, target_by_pycocotools
 
 SQUARE = np.array([[2, 1], [6, 1], [6, 4], [2, 4]], np.float32)
 # Its left edge lies at 7 * (28 / 392), half a pixel: the quotient and 28 times the reciprocal round to either side.
 ON_A_TIE = (np.array([[7, 0], [392, 0], [392, 392], [7, 392]], np.float32), [0.0, 0.0, 392.0, 392.0])
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The back-end in force, of those that this operator has on a CPU."""
+    reason = Place(request.param, "cpu").why_not()
+    if reason:
+        pytest.skip(reason)
+    with set_backend(request.param):
+        yield request.param
 
 
 class Largest(TorchDispatchMode):
@@ -42,6 +53,8 @@ def targets(instances: Any, boxes: torch.Tensor, size: int, function: Any = mask
     return function(mask_size=size, **arguments).numpy()
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("size", [28, 14])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mask_targets_equals_pycocotools(family: str, size: int) -> None:
@@ -53,6 +66,7 @@ def test_mask_targets_equals_pycocotools(family: str, size: int) -> None:
     assert (found != expected).sum() == 0
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("size", [1, 2, 5, 63, 112])
 def test_mask_targets_any_size(size: int) -> None:
     instances, boxes = random_instances("self-intersecting", 20, seed=size)
@@ -69,6 +83,7 @@ def _annotations(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     return out
 
 
+@pytest.mark.usefixtures("backend")
 def test_mask_targets_equals_pycocotools_on_real_annotations(shared_data: Path) -> None:
     folder = shared_data / "coco-cc"
     if not folder.is_dir():
@@ -92,13 +107,16 @@ def test_mask_targets_equals_pycocotools_on_real_annotations(shared_data: Path) 
             sizes.append((image["width"], image["height"]))
     boxes32 = torch.from_numpy(np.array(boxes, np.float32))
     assert len(boxes) > 3000
-    found = targets(instances, boxes32, 28, clip_size=torch.tensor(sizes))
     wrong = 0
-    for mask, instance, box, size in zip(found, instances, boxes32.tolist(), sizes, strict=True):
-        wrong += int((mask != target_by_pycocotools(instance, box, 28, size)).sum())
+    for low in range(0, len(boxes), 60):
+        part = slice(low, low + 60)
+        found = targets(instances[part], boxes32[part], 28, clip_size=torch.tensor(sizes[part]))
+        for mask, instance, box, size in zip(found, instances[part], boxes32[part].tolist(), sizes[part], strict=True):
+            wrong += int((mask != target_by_pycocotools(instance, box, 28, size)).sum())
     assert wrong == 0
 
 
+@pytest.mark.usefixtures("backend")
 def test_mask_targets_hand_computed() -> None:
     # A square of 4 x 3 pixels in a box of 8 x 8 pixels and a mask of the same: pixel edges, no rounding.
     whole = targets([[SQUARE]], torch.tensor([[0.0, 0, 8, 8]]), 8)[0]
@@ -114,6 +132,7 @@ def test_mask_targets_hand_computed() -> None:
     assert np.array_equal(left, expected)
 
 
+@pytest.mark.usefixtures("backend")
 def test_mask_targets_scales_by_the_quotient() -> None:
     polygon, box = ON_A_TIE
     found = targets([[polygon]], torch.tensor([box]), 28)[0]
@@ -122,6 +141,7 @@ def test_mask_targets_scales_by_the_quotient() -> None:
     assert found[:, 1:].all()
 
 
+@pytest.mark.usefixtures("backend")
 def test_mask_targets_unites_polygons_and_fills_one_by_even_odd() -> None:
     box = torch.tensor([[0.0, 0, 8, 8]])
     other = SQUARE + np.float32([1, 1])
@@ -132,6 +152,7 @@ def test_mask_targets_unites_polygons_and_fills_one_by_even_odd() -> None:
     assert np.array_equal(targets([[SQUARE, SQUARE]], box, 8), targets([[SQUARE]], box, 8))
 
 
+@pytest.mark.usefixtures("backend")
 def test_mask_targets_clips_corners_to_the_image() -> None:
     box, clip = [5.0, 9.0, 11.0, 15.0], (4, 6)
     found = targets([[SQUARE * 2]], torch.tensor([box]), 28, clip_size=torch.tensor([clip]))[0]
@@ -139,6 +160,7 @@ def test_mask_targets_clips_corners_to_the_image() -> None:
     assert not np.array_equal(found, target_by_pycocotools([SQUARE * 2], box, 28))
 
 
+@pytest.mark.usefixtures("backend")
 def test_mask_targets_bad_boxes_and_no_instance_give_zeros() -> None:
     nan, inf = float("nan"), float("inf")
     rows = [[0, 0, 8, 8], [3, 3, 3, 3], [3, 3, 9, 3], [9, 9, 3, 3], [nan, 0, 8, 8], [0, 0, 8, nan], [0, 0, inf, 8]]
@@ -150,6 +172,7 @@ def test_mask_targets_bad_boxes_and_no_instance_give_zeros() -> None:
     assert not found[1:-1].any()
 
 
+@pytest.mark.usefixtures("backend")
 def test_mask_targets_bad_vertices_do_no_harm() -> None:
     bad = SQUARE.copy()
     bad[1] = [np.nan, np.inf]
@@ -171,13 +194,14 @@ def test_mask_targets_empty(instances: Any, count: int) -> None:
     assert not found.any()
 
 
+@pytest.mark.usefixtures("backend")
 def test_mask_targets_empty_among_others() -> None:
     instances = [[], [SQUARE], [np.zeros((0, 2), np.float32), SQUARE], [], [SQUARE]]
     found = targets(instances, torch.tensor([[0.0, 0, 8, 8]] * 5), 8)
     assert found.sum(axis=(1, 2)).tolist() == [0, 12, 12, 0, 12]
 
 
-def test_mask_targets_does_not_depend_on_batch_padding_or_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mask_targets_does_not_depend_on_batch_padding_or_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     instances, boxes = random_instances("star", 50, seed=3)
     arguments = packed(instances)
     rng = np.random.default_rng(0)
@@ -188,7 +212,7 @@ def test_mask_targets_does_not_depend_on_batch_padding_or_chunks(monkeypatch: py
         assert np.array_equal(part, whole[low : low + 7])
     more = {"max_vertices": arguments["max_vertices"] + 100, "max_polygons": arguments["max_polygons"] + 5}
     assert np.array_equal(targets(instances, boxes, 28, instance_idxs=idxs, **more), whole)
-    monkeypatch.setitem(masks._CHUNK_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(masks._CHUNK_ELEMENTS, "cpu", 1)  # one region at a time in the reference
     assert np.array_equal(targets(instances, boxes, 28, instance_idxs=idxs), whole)
 
 
@@ -211,6 +235,7 @@ def test_mask_targets_never_waits_for_the_device() -> None:
         masks._mask_targets_reference(**arguments, clip_size=torch.full((30, 2), 50))
 
 
+@pytest.mark.usefixtures("backend")
 def test_mask_targets_opcheck() -> None:
     instances, boxes = random_instances("star", 5, seed=2)
     a = packed(instances)
