@@ -78,12 +78,13 @@ def _resolve_in_order(alive: Tensor, drops: Tensor) -> Tensor:
 def _resolve_fixed_point(alive: Tensor, drops: Tensor) -> Tensor:
     """The same by iteration: greedy NMS is the only fixed point, reached in a few rounds. Looks at the data."""
     keep = alive
-    while True:
+    for _ in range(alive.shape[1]):  # each round settles at least one more row
         dropped = (drops & keep[:, :, None]).any(1)  # [S, B]
         new = alive & ~dropped
         if torch.equal(new, keep):
-            return keep
+            break
         keep = new
+    return keep
 
 
 def _greedy(boxes: Tensor, alive: Tensor, threshold: float, box_offset: int, resolve: Resolve) -> Tensor:

@@ -78,6 +78,27 @@ def _canary_value(dtype: torch.dtype) -> Any:
     return 0x5A if dtype in (torch.uint8, torch.int8) else 0x5A5A
 
 
+class _Memory:
+    """A piece of device memory, as the CUDA array interface describes it."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def _storage_inside(base: torch.Tensor, start: int, extent: int) -> torch.UntypedStorage:
+    """A storage over ``base[start : start + extent]``, so that a tensor in it has storage offset 0, as torch's have."""
+    first, num_bytes = start * base.element_size(), extent * base.element_size()
+    if base.is_cuda:
+        memory = _Memory(base.data_ptr() + first, num_bytes)
+        return torch.as_tensor(memory, device=base.device).untyped_storage()
+    return torch.from_numpy(base.view(torch.uint8).numpy()[first : first + num_bytes]).untyped_storage()
+
+
 class Guards:
     """Tensors inside larger storages whose margins are filled with a canary and must not change.
 
@@ -95,7 +116,10 @@ class Guards:
         base = _REAL_EMPTY(extent + 2 * MARGIN, dtype=dtype, device=device)
         base[:MARGIN] = base[MARGIN + extent :] = _canary_value(dtype)
         inner = _REAL_EMPTY(0, dtype=dtype, device=device)
-        inner.set_(base.untyped_storage(), MARGIN, size, stride)
+        if extent:
+            inner.set_(_storage_inside(base, MARGIN, extent), 0, size, stride)
+        else:
+            inner = inner.as_strided(size, stride)
         self._guarded.append((base, extent, name))
         return inner
 

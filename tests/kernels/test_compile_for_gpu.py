@@ -43,7 +43,7 @@ def test_compiles_without_spills(compiled: Any, module: str, index: int, label: 
 
 
 def test_every_kernel_is_published() -> None:
-    """A ``@triton.jit`` function that is launched but not in COMPILE_CASES would never be compiled before a GPU sees it.
+    """A kernel that is launched but is not in COMPILE_CASES would never be compiled before a GPU sees it.
 
     Device functions are called by kernels and compiled with them; by habit of this package only kernels are named
     ``*_kernel``.

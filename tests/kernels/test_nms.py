@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -124,7 +124,7 @@ CASES = [
 ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def expected(function: str, kind: str, size: int, threshold: float, box_offset: int) -> object:
     boxes, scores = make_boxes(kind, size, size)
     if function == "nms":
@@ -293,7 +293,7 @@ def test_special_coordinates(place: Place, value: float, box_offset: int) -> Non
 
 def test_scales(place: Place) -> None:
     """From 1e-22 to 1e18: where squares leave the range of float32, the C++ kernel must not trust its shortcut."""
-    boxes, scores = make_boxes("clustered", 60, 2)
+    boxes, scores = make_boxes("clustered", 40, 2)
     for exponent in (-24, -22, -20, -12, -3, 3, 12, 18, 20):
         scaled = boxes * 10.0**exponent
         keep = nms(scaled.to(place.device), scores.to(place.device), 0.5)
@@ -331,10 +331,10 @@ def test_ties_and_duplicates(place: Place) -> None:
 
 def test_chain(place: Place) -> None:
     """Each box drops only the next: what is dropped must not drop others, along the longest chain there is."""
-    start = torch.arange(150.0)[:, None] * 4
+    start = torch.arange(100.0)[:, None] * 4
     boxes = torch.cat([start, start * 0, start + 10, start * 0 + 10], 1).to(place.device)
-    scores = torch.arange(150, 0, -1.0, device=place.device)
-    assert nms(boxes, scores, 0.4).tolist() == list(range(0, 150, 2))
+    scores = torch.arange(100, 0, -1.0, device=place.device)
+    assert nms(boxes, scores, 0.4).tolist() == list(range(0, 100, 2))
 
 
 def test_groups_far_apart(place: Place) -> None:
@@ -451,9 +451,7 @@ def test_no_host_sync(place: Place) -> None:
 
 
 def test_forbid_sync_can_fail(place: Place) -> None:
-    """The guard itself: nms has a data-dependent size and must be caught where it is made of torch operators."""
-    if place.backend == "cpp":
-        pytest.skip("the C++ kernel learns the count without a torch operator that synchronises... on the CPU")
+    """The guard itself: nms has a size that depends on the data, so every implementation reads its count."""
     boxes, scores = make_boxes("random", 20, 0)
     with pytest.raises(AssertionError, match="synchronises"), ForbidSync():
         nms(boxes.to(place.device), scores.to(place.device), 0.5)

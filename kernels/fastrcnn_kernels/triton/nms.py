@@ -279,7 +279,7 @@ def _launch(
 def nms_padded(
     boxes: Tensor, scores: Tensor, threshold: float, max_output: int, box_offset: int
 ) -> tuple[Tensor, Tensor]:
-    """Launcher of ``fastrcnn_kernels::nms_padded``. ``threshold``: what ratios of the computing type exceed, exactly."""
+    """Launcher of ``fastrcnn_kernels::nms_padded``; ``threshold`` as ``comparison_threshold`` gives it."""
     segments, size = scores.shape
     keep = torch.empty((segments, max_output), dtype=torch.int64, device=boxes.device)
     count = torch.empty((segments,), dtype=torch.int64, device=boxes.device)
