@@ -24,6 +24,12 @@
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int64_t kBoxesPerThread = 2048;  // about a tenth of a millisecond: less is not worth waking a thread
+
+inline int useful_threads(int num_threads, int64_t parts, int64_t boxes) {
+  const int64_t useful = std::min<int64_t>(parts, boxes / kBoxesPerThread);
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(num_threads, useful)));
+}
 
 template <typename T>
 struct Chunk {
@@ -293,7 +299,7 @@ void sort_candidates(const double* scores, int64_t count, bool skip_absent, Work
 template <typename T, typename S>
 void nms_segments(const T* boxes, const S* scores, int64_t segments, int64_t size, double threshold, int box_offset,
                   int64_t max_output, bool skip_absent, int64_t* keep, int64_t* counts, int num_threads) {
-  const int threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(num_threads, segments)));
+  const int threads = useful_threads(num_threads, segments, segments * size);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Workspace<T> work;
@@ -359,7 +365,7 @@ int64_t nms_groups(const T* boxes, const S* scores, const int64_t* idxs, int64_t
     return size_a != size_b ? size_a > size_b : a < b;
   });
   std::vector<uint8_t> is_kept(count, 0);
-  const int threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(num_threads, total)));
+  const int threads = useful_threads(num_threads, total, count);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Workspace<T> work;

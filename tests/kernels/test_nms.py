@@ -367,7 +367,7 @@ def test_many_boxes_cpp(kind: str, threshold: float, box_offset: int) -> None:
 def test_result_does_not_depend_on_threads() -> None:
     from fastrcnn_kernels import set_backend
 
-    boxes, scores = padded_inputs(12, 300)
+    boxes, scores = padded_inputs(12, 600)
     before = torch.get_num_threads()
     results = []
     with set_backend("cpp"):
