@@ -42,6 +42,21 @@ def test_compiles_without_spills(compiled: Any, module: str, index: int, label: 
     assert result["shared"] <= result["shared_limit"], f"shared memory: {result['shared']} bytes"
 
 
+@pytest.mark.parametrize("sm", sorted(SHARED_LIMIT))
+def test_nms_arithmetic_is_pinned(compiled: Any, sm: int) -> None:
+    """Overlaps round alike in every back-end: no product fused into a sum, every division rounded to nearest."""
+    masks = [
+        r for (module, label, at), r in compiled.items() if module == "nms" and label.startswith("mask") and at == sm
+    ]
+    assert masks
+    for result in masks:
+        ptx = result["ptx"]
+        assert "fma." not in ptx, result["label"]
+        assert "div.rn." in ptx, result["label"]
+        assert "div.full" not in ptx, result["label"]
+        assert "div.approx" not in ptx, result["label"]
+
+
 def test_every_kernel_is_published() -> None:
     """A kernel that is launched but is not in COMPILE_CASES would never be compiled before a GPU sees it.
 

@@ -221,7 +221,8 @@ def _sweep_constants(words: int, ragged: bool) -> dict[str, Any]:
 
 
 def _sweep_options(words: int) -> dict[str, Any]:
-    return {"num_warps": 8 if words > 64 else 4}
+    # More warps where a row of the overlap matrix would not fit the registers of fewer.
+    return {"num_warps": 4 if words <= 64 else 8 if words <= 2048 else 16}
 
 
 def _launch(
