@@ -105,6 +105,7 @@ _forward_op = _library.define(
     reference=reference.forward,
     fake=_fake,
     cpp=_cpp,
+    triton="fastrcnn_kernels.triton.roi_align:roi_align",
 )
 _backward_op = _library.define(
     "roi_align_backward(Tensor grad_output, Tensor rois, Tensor levels, SymInt[] sizes, float[] spatial_scales, "
@@ -112,6 +113,7 @@ _backward_op = _library.define(
     reference=reference.backward,
     fake=_backward_fake,
     cpp=_backward_cpp,
+    triton="fastrcnn_kernels.triton.roi_align_backward:roi_align_backward",
 )
 
 
