@@ -44,7 +44,7 @@ def make_batch(images: int, width: int, height: int, num_classes: int, device: s
 
 
 @pytest.mark.parametrize(("images", "dtype", "channels_last"), CASES)
-def test_train_step(benchmark: Any, images: int, dtype: str, channels_last: bool) -> None:
+def bench_train_step(benchmark: Any, images: int, dtype: str, channels_last: bool) -> None:
     config = "e2e_mask_rcnn_R_50_FPN_1x.yaml" if GPU else "demo_shapes.yaml"
     device = "cuda" if GPU else "cpu"
     width, height = (1333, 800) if GPU else (128, 128)
