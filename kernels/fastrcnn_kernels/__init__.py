@@ -7,8 +7,8 @@ from fastrcnn_kernels.boxes import box_area, box_iou, clip_boxes_to_image, is_la
 from fastrcnn_kernels.losses import smooth_l1_loss
 from fastrcnn_kernels.masks import mask_targets, paste_masks
 from fastrcnn_kernels.matcher import match_boxes
-from fastrcnn_kernels.preprocess import preprocess_images, resize_image
 from fastrcnn_kernels.nms import batched_nms, nms, nms_padded
+from fastrcnn_kernels.preprocess import preprocess_images, resize_image
 from fastrcnn_kernels.roi_align import MultiScaleRoIAlign, RoIAlign, assign_levels, multiscale_roi_align, roi_align
 from fastrcnn_kernels.sampler import image_seeds, sample_balanced
 
@@ -32,12 +32,12 @@ __all__ = [
     "mask_targets",
     "match_boxes",
     "multiscale_roi_align",
+    "nms",
+    "nms_padded",
     "paste_masks",
     "preprocess_images",
     "remove_small_boxes",
     "resize_image",
-    "nms",
-    "nms_padded",
     "roi_align",
     "sample_balanced",
     "set_backend",

@@ -1,0 +1,150 @@
+"""The boxes of one image and what belongs to each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastrcnn.structures.segmentation import FLIP_LEFT_RIGHT, FLIP_TOP_BOTTOM, SegmentationMask
+
+Size = tuple[int, int]
+Mode = Literal["xyxy", "xywh"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BoxList:
+    """The boxes of one image and what belongs to each of them.
+
+    Attributes:
+        boxes: float [n, 4]: (x1, y1, x2, y2) of inclusive pixels, or (x, y, width, height) in mode ``xywh``.
+        size: (width, height) of the image.
+        mode: ``xyxy`` or ``xywh``.
+        labels: int64 [n], 0 is the background.
+        scores: float [n].
+        objectness: float [n].
+        masks: ground truth: a SegmentationMask; detections: mask probabilities, float [n, 1, M, M], in the box's frame.
+        keypoints: float [n, k, 3]: x, y, visibility.
+    """
+
+    boxes: Tensor
+    size: Size
+    mode: Mode = "xyxy"
+    labels: Tensor | None = None
+    scores: Tensor | None = None
+    objectness: Tensor | None = None
+    masks: SegmentationMask | Tensor | None = None
+    keypoints: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        boxes = torch.as_tensor(self.boxes)
+        if not boxes.is_floating_point():
+            boxes = boxes.float()
+        if boxes.numel() == 0:
+            boxes = boxes.reshape(0, 4)
+        if boxes.dim() != 2 or boxes.shape[1] != 4:
+            raise ValueError(f"BoxList: boxes must be [n, 4], got shape {tuple(boxes.shape)}")
+        if self.mode not in ("xyxy", "xywh"):
+            raise ValueError(f"BoxList: mode must be 'xyxy' or 'xywh', got {self.mode!r}")
+        object.__setattr__(self, "boxes", boxes)
+        object.__setattr__(self, "size", (int(self.size[0]), int(self.size[1])))
+        for name, field in self.fields().items():
+            if len(field) != len(boxes):
+                raise ValueError(f"BoxList: {len(field)} {name} for {len(boxes)} boxes")
+
+    def fields(self) -> dict[str, Any]:
+        """The fields that are set, by name, without the boxes."""
+        names = ("labels", "scores", "objectness", "masks", "keypoints")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def convert(self, mode: Mode) -> BoxList:
+        """To ``xyxy`` or ``xywh``; widths and heights count both end pixels."""
+        if mode == self.mode:
+            return self
+        first, second = self.boxes[:, :2], self.boxes[:, 2:]
+        if mode == "xywh":
+            second = second - first + 1
+        else:
+            second = first + (second - 1).clamp(min=0)
+        return replace(self, boxes=torch.cat([first, second], dim=1), mode=mode)
+
+    def resize(self, size: Size) -> BoxList:
+        """Scale to an image of ``size`` (width, height): corners are scaled plainly, as in maskrcnn-benchmark."""
+        ratios = (size[0] / self.size[0], size[1] / self.size[1])
+        scale = self.boxes.new_tensor([*ratios, *ratios])
+        changed: dict[str, Any] = {"boxes": self.boxes * scale, "size": size}
+        if isinstance(self.masks, SegmentationMask):
+            changed["masks"] = self.masks.resize(size)
+        if self.keypoints is not None:
+            changed["keypoints"] = self.keypoints * self.keypoints.new_tensor([*ratios, 1.0])
+        return replace(self, **changed)
+
+    def transpose(self, method: int) -> BoxList:
+        """Flip. maskrcnn-benchmark's rule: x' = width - x - 1, but y' = height - y (its inconsistency, kept)."""
+        boxes = self.convert("xyxy").boxes
+        x1, y1, x2, y2 = boxes.unbind(1)
+        width, height = self.size
+        changed: dict[str, Any] = {}
+        if method == FLIP_LEFT_RIGHT:
+            flipped = torch.stack([width - x2 - 1, y1, width - x1 - 1, y2], dim=1)
+        elif method == FLIP_TOP_BOTTOM:
+            flipped = torch.stack([x1, height - y2, x2, height - y1], dim=1)
+        else:
+            raise ValueError(f"BoxList.transpose: method must be 0 (left-right) or 1 (top-bottom), got {method!r}")
+        if isinstance(self.masks, SegmentationMask):
+            changed["masks"] = self.masks.transpose(method)
+        elif self.masks is not None:
+            changed["masks"] = self.masks.flip(-1 if method == FLIP_LEFT_RIGHT else -2)
+        if self.keypoints is not None:
+            raise ValueError("BoxList.transpose: keypoints need the left-right map of their data set to be flipped")
+        return replace(self, boxes=flipped, mode="xyxy", **changed).convert(self.mode)
+
+    def crop(self, box: Sequence[float]) -> BoxList:
+        """Move into the frame of ``box`` (x1, y1, x2, y2), clamping to it; the new size is (x2 - x1, y2 - y1)."""
+        width, height = float(box[2] - box[0]), float(box[3] - box[1])
+        boxes = self.convert("xyxy").boxes
+        corner = boxes.new_tensor([box[0], box[1], box[0], box[1]])
+        limit = boxes.new_tensor([width, height, width, height])
+        moved = torch.minimum((boxes - corner).clamp(min=0), limit)
+        changed: dict[str, Any] = {}
+        if isinstance(self.masks, SegmentationMask):
+            changed["masks"] = self.masks.crop(box)
+        return replace(self, boxes=moved, size=(int(width), int(height)), mode="xyxy", **changed).convert(self.mode)
+
+    def clip_to_image(self, remove_empty: bool = True) -> BoxList:
+        """Clamp to [0, width - 1] x [0, height - 1]; ``remove_empty`` drops what is left without an extent."""
+        boxes = self.convert("xyxy").boxes
+        limit = boxes.new_tensor([self.size[0] - 1, self.size[1] - 1] * 2)
+        boxes = torch.minimum(boxes.clamp(min=0), limit)
+        clipped = replace(self, boxes=boxes, mode="xyxy")
+        if remove_empty:
+            clipped = clipped[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
+        return clipped.convert(self.mode)
+
+    def area(self) -> Tensor:
+        """float [n], in square pixels."""
+        wide = self.convert("xywh").boxes
+        return wide[:, 2] * wide[:, 3]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> BoxList:
+        moved: dict[str, Any] = {
+            name: field if isinstance(field, SegmentationMask) else field.to(device, non_blocking=non_blocking)
+            for name, field in self.fields().items()
+        }
+        return replace(self, boxes=self.boxes.to(device, non_blocking=non_blocking), **moved)
+
+    def __getitem__(self, index: int | slice | Tensor) -> BoxList:
+        if isinstance(index, int):
+            index = slice(index, index + 1) if index >= 0 else slice(index, index + 1 or None)
+        return replace(self, boxes=self.boxes[index], **{name: f[index] for name, f in self.fields().items()})
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __repr__(self) -> str:
+        return (
+            f"BoxList(num_boxes={len(self)}, image_width={self.size[0]}, image_height={self.size[1]}, mode={self.mode})"
+        )
