@@ -220,7 +220,7 @@ def _advice(name: str) -> str:
     parent, _, last = name.upper().rpartition(".")
     same_end = [key for key in known if key.rpartition(".")[2] == last]
     siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == parent]
-    beside = difflib.get_close_matches(last, siblings, n=1, cutoff=0.5)
+    beside = difflib.get_close_matches(last, siblings, n=1)
     others = [key for key in known if not name.upper().startswith(key + ".")]
     nearest = (
         difflib.get_close_matches(name.upper(), same_end, n=1, cutoff=0.0)
