@@ -51,7 +51,9 @@ def _live(rois: Tensor, levels: Tensor, num_images: int, num_levels: int) -> Ten
     return present & known
 
 
-def _bins(rois: Tensor, scale: Tensor, axis: int, pooled: int, ratio: int, aligned: bool) -> tuple[Tensor, ...]:
+def _bins(
+    rois: Tensor, scale: Tensor, axis: int, pooled: int, ratio: int, aligned: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Start, bin size and grid count along x (axis 0) or y (axis 1). [K] each"""
     offset = 0.5 if aligned else 0.0
     start = rois[:, 1 + axis] * scale - offset
@@ -63,7 +65,9 @@ def _bins(rois: Tensor, scale: Tensor, axis: int, pooled: int, ratio: int, align
     return start, size, grid
 
 
-def _taps(start: Tensor, size: Tensor, grid: Tensor, extent: Tensor, pooled: int, sample: Tensor) -> tuple[Tensor, ...]:
+def _taps(
+    start: Tensor, size: Tensor, grid: Tensor, extent: Tensor, pooled: int, sample: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The two pixels that each sample touches along one axis, and their weights.
 
     Args:
@@ -166,7 +170,7 @@ def forward(
     rois = rois.to(compute)
     live = _live(rois, levels, like.shape[0], len(features))
     if sampling_ratio > 0:
-        rows = [f.permute(0, 2, 3, 1).reshape(-1, channels) for f in features]
+        rows = [f.permute(0, 2, 3, 1).flatten(0, 2) for f in features]
         flat = torch.cat([*rows, like.new_zeros(1, channels)])  # [sum N H W + 1, C]
         step = _rois_per_chunk(channels, pooled_height, pooled_width, sampling_ratio)
         for k in range(0, num_rois, step):
@@ -213,7 +217,7 @@ def backward(
             )
             weight = wy[:, :, :, None, None] * wx[:, None, None, :, :]  # [k, PH, T, PW, T]
             values = grad[part][:, :, None, :, None, :] * weight[..., None]  # [k, PH, T, PW, T, C]
-            flat.index_add_(0, row.flatten(), values.reshape(-1, channels))
+            flat.index_add_(0, row.flatten(), values.flatten(0, 4))
     else:
         for k, level, image, ys, xs, wy, wx in _adaptive_windows(
             rois, levels, live, shapes, spatial_scales, ph, pw, aligned
