@@ -22,18 +22,8 @@ from fastrcnn_kernels.nms import (
     nms_padded_reference,
     nms_reference,
 )
-from tests.kernels.test_nms import (
-    BOUNDARY,
-    GOLDEN,
-    GOLDEN_BOXES,
-    GOLDEN_SCORES,
-    loop_batched_nms,
-    loop_nms,
-    loop_nms_padded,
-    make_boxes,
-    make_groups,
-    padded_inputs,
-)
+from tests.kernels.nms_oracle import loop_batched_nms, loop_nms, loop_nms_padded, make_boxes, make_groups
+from tests.kernels.test_nms import BOUNDARY, GOLDEN, GOLDEN_BOXES, GOLDEN_SCORES, padded_inputs
 
 FUNCTIONS = [
     comparison_threshold,
