@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrcnn_kernels import roi_align_reference as reference
 from fastrcnn_kernels.triton._launch import CompileCase, device_guard
 
 MAX_LEVELS = 5
@@ -198,6 +197,22 @@ def _forward_kernel(
     tl.store(out + offset, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of coordinates and sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_channels_last(features: list[Tensor]) -> bool:
+    """Whether any map is channels_last only: as in ``roi_align_reference.py``, which this layer must not import."""
+    return any(f.is_contiguous(memory_format=torch.channels_last) and not f.is_contiguous() for f in features)
+
+
+def new_map(shape: tuple[int, ...], like: Tensor, channels_last: bool) -> Tensor:
+    """An uninitialised tensor in one of the two memory formats."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
 def kernel_constants(
     dtype: torch.dtype, channels: int, channels_last: bool, scales: list[float], ph: int, pw: int, ratio: int,
     aligned: bool,
@@ -246,18 +261,18 @@ def roi_align(
     """Launcher of ``fastrcnn_kernels::roi_align``. An image or level that does not exist gives zeros."""
     first = features[0]
     check_maps(len(features), first.dtype)
-    channels_last = reference.is_channels_last(features)
+    channels_last = is_channels_last(features)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     maps = [f.contiguous(memory_format=layout) for f in features]
     num_rois, channels = rois.shape[0], first.shape[1]
-    out = reference.empty((num_rois, channels, pooled_height, pooled_width), first, channels_last)
+    out = new_map((num_rois, channels, pooled_height, pooled_width), first, channels_last)
     if out.numel() == 0:
         return out
     blocks, options = _blocks(channels, channels_last, pooled_width)
     with device_guard(first):
         _forward_kernel[(num_rois * pooled_height, triton.cdiv(channels, blocks["BLOCK_C"]))](
             **map_arguments(maps),
-            rois_ptr=rois.to(reference.compute_dtype(first.dtype)).contiguous(),
+            rois_ptr=rois.to(compute_dtype(first.dtype)).contiguous(),
             levels_ptr=levels.contiguous(),
             out_ptr=out,
             **kernel_constants(

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrcnn_kernels import roi_align_reference as reference
 from fastrcnn_kernels.triton._launch import CompileCase, device_guard
 from fastrcnn_kernels.triton.roi_align import (
     COMPILE_SCALES,
@@ -25,9 +24,11 @@ from fastrcnn_kernels.triton.roi_align import (
     axis_bins,
     check_maps,
     compile_signature,
+    compute_dtype,
     first_sample,
     kernel_constants,
     map_arguments,
+    new_map,
     pick_level,
     place_sample,
 )
@@ -189,11 +190,11 @@ def roi_align_backward(
     shapes = list(zip(sizes[2::2], sizes[3::2], strict=True))
     check_maps(len(shapes), grad_output.dtype)
     grad = grad_output.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    maps = [reference.empty((num_images, channels, h, w), grad, channels_last) for h, w in shapes]
+    maps = [new_map((num_images, channels, h, w), grad, channels_last) for h, w in shapes]
     tiles = sum(num_images * triton.cdiv(h, _TILE) * triton.cdiv(w, _TILE) for h, w in shapes)
     if tiles * channels == 0:
         return maps
-    rois = rois.to(reference.compute_dtype(grad.dtype)).contiguous()
+    rois = rois.to(compute_dtype(grad.dtype)).contiguous()
     # Regions by (level, image), in their order within each; those absent come last.
     groups = len(shapes) * num_images
     image = rois[:, 0]
