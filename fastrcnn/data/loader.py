@@ -126,6 +126,8 @@ def make_test_loader(
 def _data_loader(
     batches: Dataset[Any], steps: Any, num_workers: int, pin_memory: bool, prefetch_factor: int
 ) -> DataLoader[Any]:
+    # More workers than processors only take turns; what a step sees does not depend on their number.
+    num_workers = min(num_workers, os.cpu_count() or 1)
     # batch_size=None: an item is a whole batch, so that workers take turns by step and batches keep their order.
     return DataLoader(
         batches,
