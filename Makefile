@@ -46,8 +46,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=min,median,rounds --benchmark-group-by=group --benchmark-sort=min
 
 gpu-check: $(STAMP)
-	$(BIN)/python -m pytest -q -m gpu
-	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=min,median,rounds --benchmark-json=output/gpu-check.json
+	$(BIN)/python benchmarks/gpu_check.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

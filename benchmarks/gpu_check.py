@@ -1,0 +1,83 @@
+"""Everything that needs a GPU, in under ten minutes: ``make gpu-check``, or run this file.
+
+Runs the tests marked ``gpu``, then the operator benchmarks (torchvision is a side where it is installed) and the
+training step, and writes ``OUTPUT/gpu-check.json`` (pytest-benchmark's format, with the machine in it) and
+``OUTPUT/gpu-check.md`` (one table). Exits with 1 where a test or a benchmark's check fails, with 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ("bench_step.py", "bench_nms.py", "bench_roi_align.py", "bench_masks.py")
+# Seconds: together under ten minutes.
+TEST_LIMIT, BENCHMARK_LIMIT = 240, 340
+
+
+def run_pytest(arguments: list[str], limit: int) -> int:
+    """pytest's exit code; 124 where it ran past ``limit`` seconds."""
+    environment = dict(os.environ, TRITON_INTERPRET="0")
+    paths = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    try:
+        return subprocess.run(command, cwd=ROOT, env=environment, timeout=limit, check=False).returncode
+    except subprocess.TimeoutExpired:
+        print(f"stopped after {limit} s: {' '.join(arguments)}", file=sys.stderr)
+        return 124
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """One row a benchmark: group, name, fastest and median time; the fastest of each group first."""
+    machine = results.get("machine_info", {})
+    gpu = (machine.get("gpu") or {}).get("name", "no GPU")
+    lines = [f"{gpu}, torch {machine.get('torch')}, triton {machine.get('triton')}", ""]
+    lines += ["| group | benchmark | min ms | median ms |", "|---|---|---|---|"]
+    rows = sorted(results.get("benchmarks", []), key=lambda row: (row["group"] or "", row["stats"]["min"]))
+    for row in rows:
+        stats = row["stats"]
+        lines.append(
+            f"| {row['group'] or ''} | {row['name']} | {1e3 * stats['min']:.3f} | {1e3 * stats['median']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "output", help="folder of the two files")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("error: PyTorch finds no CUDA device here", file=sys.stderr)
+        return 2
+    args.output.mkdir(parents=True, exist_ok=True)
+    stored = args.output / "gpu-check.json"
+    stored.unlink(missing_ok=True)
+    tests = run_pytest(["-m", "gpu", "tests"], TEST_LIMIT)
+    benchmarks = run_pytest(
+        [
+            *(f"benchmarks/{name}" for name in BENCHMARKS),
+            "--benchmark-max-time=0.5",
+            f"--benchmark-json={stored}",
+            "--benchmark-columns=min,median,rounds",
+        ],
+        BENCHMARK_LIMIT,
+    )
+    if stored.is_file():
+        table = markdown(json.loads(stored.read_text()))
+        (args.output / "gpu-check.md").write_text(table)
+        print(table)
+    print(f"tests: exit code {tests}, benchmarks: exit code {benchmarks}")
+    return 0 if tests == benchmarks == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
