@@ -83,7 +83,7 @@ struct ComputeOf<double> {
   using type = double;
 };
 
-// Vectors of the compiler (GCC, clang). A vector wider than the machine's becomes several.
+// Vectors of the compiler (GCC, clang).
 template <typename T, int N>
 struct VectorOf {
   typedef T type __attribute__((vector_size(N * sizeof(T))));

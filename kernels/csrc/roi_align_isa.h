@@ -7,21 +7,27 @@
 
 #define FASTRCNN_ISA baseline
 #define FASTRCNN_TARGET
+#define FASTRCNN_VECTOR_BYTES 16
 #include "roi_align_kernels.h"
 #undef FASTRCNN_ISA
 #undef FASTRCNN_TARGET
+#undef FASTRCNN_VECTOR_BYTES
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FASTRCNN_ISA avx2
 #define FASTRCNN_TARGET __attribute__((target("avx2,fma,bmi2")))
+#define FASTRCNN_VECTOR_BYTES 32
 #include "roi_align_kernels.h"
 #undef FASTRCNN_ISA
 #undef FASTRCNN_TARGET
+#undef FASTRCNN_VECTOR_BYTES
 #define FASTRCNN_ISA avx512
 #define FASTRCNN_TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,bmi2")))
+#define FASTRCNN_VECTOR_BYTES 64
 #include "roi_align_kernels.h"
 #undef FASTRCNN_ISA
 #undef FASTRCNN_TARGET
+#undef FASTRCNN_VECTOR_BYTES
 
 namespace roi_align {
 inline int isa() {

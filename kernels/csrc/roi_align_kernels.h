@@ -1,6 +1,7 @@
 // The inner loops of RoIAlign for one instruction set. Included by roi_align_isa.h once for each, with FASTRCNN_ISA (a
-// namespace) and FASTRCNN_TARGET (an attribute) defined: hence no include guard. Left to itself the compiler unrolls
-// these short loops and vectorises nothing, and it lowers explicit vectors before it makes target_clones.
+// namespace), FASTRCNN_TARGET (an attribute) and FASTRCNN_VECTOR_BYTES defined: hence no include guard. Left to itself
+// the compiler unrolls these short loops and vectorises nothing, and it lowers explicit vectors before it makes
+// target_clones; a vector wider than the machine's it keeps in memory, hence Wide.
 #include "roi_align.h"
 
 #define FASTRCNN_INLINE FASTRCNN_TARGET inline __attribute__((always_inline))
@@ -67,19 +68,56 @@ FASTRCNN_INLINE void store(Half* p, const Vector<float, N>& v) {
   store_bits<N>(p, ((bits & 0x80000000) >> 16) | (twice > 0xff000000 ? rounded * 0 + 0x7e00 : rounded));
 }
 
+// N numbers in as many machine vectors as they take.
+template <typename T, int N>
+struct Wide {
+  static constexpr int kMachine = FASTRCNN_VECTOR_BYTES / static_cast<int>(sizeof(T));
+  static constexpr int kPart = N < kMachine ? N : kMachine;
+  static constexpr int kParts = N / kPart;
+  Vector<T, kPart> part[kParts];
+
+  FASTRCNN_INLINE void clear() {
+#pragma GCC unroll 8
+    for (int i = 0; i < kParts; ++i) part[i] = Vector<T, kPart>{};
+  }
+  template <typename S>
+  FASTRCNN_INLINE void read(const S* p) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kParts; ++i) load<kPart>(p + i * kPart, part[i]);
+  }
+  template <typename S>
+  FASTRCNN_INLINE void write(S* p) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < kParts; ++i) store<kPart>(p + i * kPart, part[i]);
+  }
+  FASTRCNN_INLINE void add(T weight, const Wide& v) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kParts; ++i) part[i] += weight * v.part[i];
+  }
+  template <typename S>
+  FASTRCNN_INLINE void add(T weight, const S* p) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kParts; ++i) {
+      Vector<T, kPart> v;
+      load<kPart>(p + i * kPart, v);
+      part[i] += weight * v;
+    }
+  }
+};
+
 // Convert count elements; from and to may be float, Half or BFloat.
 template <typename From, typename To>
 FASTRCNN_TARGET void convert_all(const From* from, To* to, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    Vector<float, kLanes> v;
-    load<kLanes>(from + i, v);
-    store<kLanes>(to + i, v);
+    Wide<float, kLanes> v;
+    v.read(from + i);
+    v.write(to + i);
   }
   for (; i < count; ++i) {
-    Vector<float, 1> v;
-    load<1>(from + i, v);
-    store<1>(to + i, v);
+    Wide<float, 1> v;
+    v.read(from + i);
+    v.write(to + i);
   }
 }
 
@@ -95,12 +133,11 @@ FASTRCNN_INLINE void pool_plane(
     T* row = rows + bin * stride + kLanes;
     if (r.chunked) {
       for (const int chunk : r.chunk) {
-        Vector<T, kLanes> sum = {}, v;
-        for (int tap = begin[bin]; tap < begin[bin + 1]; ++tap) {
-          load<kLanes>(plane + static_cast<int64_t>(pixel_y[slot[tap]]) * width + chunk, v);
-          sum += weight[tap] * v;
-        }
-        store<kLanes>(row + (chunk - first), sum);
+        Wide<T, kLanes> sum;
+        sum.clear();
+        for (int tap = begin[bin]; tap < begin[bin + 1]; ++tap)
+          sum.add(weight[tap], plane + static_cast<int64_t>(pixel_y[slot[tap]]) * width + chunk);
+        sum.write(row + (chunk - first));
       }
     } else {
       const int* pixel_x = r.x.pixel.data();
@@ -114,15 +151,20 @@ FASTRCNN_INLINE void pool_plane(
   for (int bin = 0; bin < bins_y; bin += kBinRows) {
     const T* row = rows + bin * stride + kLanes;
     for (int column = 0; column < bins_x; column += kBins) {
-      Vector<T, kBins> sum[kBinRows] = {}, dense;
-      for (int s = 0; s < slots; ++s) {
-        load<kBins>(r.dense.data() + s * columns + column, dense);
+      Wide<T, kBins> sum[kBinRows], dense;
+      T sums[kBinRows * kBins];
 #pragma GCC unroll 8
-        for (int b = 0; b < kBinRows; ++b) sum[b] += row[b * stride + s] * dense;
+      for (int b = 0; b < kBinRows; ++b) sum[b].clear();
+      for (int s = 0; s < slots; ++s) {
+        dense.read(r.dense.data() + s * columns + column);
+#pragma GCC unroll 8
+        for (int b = 0; b < kBinRows; ++b) sum[b].add(row[b * stride + s], dense);
       }
+#pragma GCC unroll 8
+      for (int b = 0; b < kBinRows; ++b) sum[b].write(sums + b * kBins);
       const int have_y = std::min(kBinRows, bins_y - bin), have_x = std::min(kBins, bins_x - column);
       for (int b = 0; b < have_y; ++b)
-        for (int l = 0; l < have_x; ++l) out[(bin + b) * bins_x + column + l] = sum[b][l];
+        for (int l = 0; l < have_x; ++l) out[(bin + b) * bins_x + column + l] = sums[b * kBins + l];
     }
   }
 }
@@ -140,30 +182,26 @@ FASTRCNN_TARGET void pool_planes(
   }
 }
 
-// kVectors * kWidth channels from c on, of every bin of one region; image and out are NHWC.
-template <typename S, int kVectors, int kWidth>
+// kWidth channels from c on, of every bin of one region; image and out are NHWC.
+template <typename S, int kWidth>
 FASTRCNN_INLINE void pool_block(
     const Region<typename ComputeOf<S>::type>& r, const S* image, int width, int64_t channels, int64_t c, int bins_y,
     int bins_x, S* out) {
   using T = typename ComputeOf<S>::type;
   for (int by = 0; by < bins_y; ++by) {
     for (int bx = 0; bx < bins_x; ++bx) {
-      Vector<T, kWidth> sum[kVectors] = {}, v;
+      Wide<T, kWidth> sum;
+      sum.clear();
       for (int ty = r.y.bin_begin[by]; ty < r.y.bin_begin[by + 1]; ++ty) {
         const S* row = image + static_cast<int64_t>(r.y.pixel[r.y.bin_slot[ty]]) * width * channels + c;
         for (int tx = r.x.bin_begin[bx]; tx < r.x.bin_begin[bx + 1]; ++tx) {
           const S* source = row + r.x.pixel[r.x.bin_slot[tx]] * channels;
           const T w = r.y.bin_weight[ty] * r.x.bin_weight[tx];
-#pragma GCC unroll 4
-          for (int i = 0; i < kVectors; ++i) {
-            load<kWidth>(source + i * kWidth, v);
-            sum[i] += w * v;
-          }
+          sum.add(w, source);
         }
       }
       S* target = out + (static_cast<int64_t>(by) * bins_x + bx) * channels + c;
-#pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) store<kWidth>(target + i * kWidth, sum[i]);
+      sum.write(target);
     }
   }
 }
@@ -173,9 +211,9 @@ FASTRCNN_TARGET void pool_region(
     const Region<typename ComputeOf<S>::type>& r, const S* image, int width, int64_t channels, int bins_y, int bins_x,
     S* out) {
   int64_t c = 0;
-  for (; c + 64 <= channels; c += 64) pool_block<S, 4, 16>(r, image, width, channels, c, bins_y, bins_x, out);
-  for (; c + 16 <= channels; c += 16) pool_block<S, 1, 16>(r, image, width, channels, c, bins_y, bins_x, out);
-  for (; c < channels; ++c) pool_block<S, 1, 1>(r, image, width, channels, c, bins_y, bins_x, out);
+  for (; c + 64 <= channels; c += 64) pool_block<S, 64>(r, image, width, channels, c, bins_y, bins_x, out);
+  for (; c + 16 <= channels; c += 16) pool_block<S, 16>(r, image, width, channels, c, bins_y, bins_x, out);
+  for (; c < channels; ++c) pool_block<S, 1>(r, image, width, channels, c, bins_y, bins_x, out);
 }
 
 // Add the gradient of one region and one channel, grad[PH, PW], to a plane.
@@ -191,31 +229,32 @@ FASTRCNN_INLINE void spread_plane(
     for (int c = 0; c < chunks; ++c) {
       const T* dense = r.dense.data() + static_cast<int64_t>(c) * bins_x * kLanes;
       for (int by = 0; by < bins_y; by += kBinRows) {
-        Vector<T, kLanes> sum[kBinRows] = {}, v;
+        Wide<T, kLanes> sum[kBinRows], v;
+#pragma GCC unroll 8
+        for (int b = 0; b < kBinRows; ++b) sum[b].clear();
         if (by + kBinRows <= bins_y) {
           for (int bx = 0; bx < bins_x; ++bx) {
-            load<kLanes>(dense + bx * kLanes, v);
+            v.read(dense + bx * kLanes);
 #pragma GCC unroll 8
-            for (int b = 0; b < kBinRows; ++b) sum[b] += grad[(by + b) * bins_x + bx] * v;
+            for (int b = 0; b < kBinRows; ++b) sum[b].add(grad[(by + b) * bins_x + bx], v);
           }
         } else {
           for (int bx = 0; bx < bins_x; ++bx) {
-            load<kLanes>(dense + bx * kLanes, v);
-            for (int b = 0; by + b < bins_y; ++b) sum[b] += grad[(by + b) * bins_x + bx] * v;
+            v.read(dense + bx * kLanes);
+#pragma GCC unroll 8
+            for (int b = 0; b < kBinRows - 1; ++b)
+              if (by + b < bins_y) sum[b].add(grad[(by + b) * bins_x + bx], v);
           }
         }
 #pragma GCC unroll 8
-        for (int b = 0; b < kBinRows; ++b) store<kLanes>(spread + (by + b) * kLanes, sum[b]);
+        for (int b = 0; b < kBinRows; ++b) sum[b].write(spread + (by + b) * kLanes);
       }
       for (int s = 0; s < slots_y; ++s) {
         T* target = plane + static_cast<int64_t>(pixel_y[s]) * width + r.chunk[c];
-        Vector<T, kLanes> sum, v;
-        load<kLanes>(target, sum);
-        for (int tap = begin[s]; tap < begin[s + 1]; ++tap) {
-          load<kLanes>(spread + bin[tap] * kLanes, v);
-          sum += weight[tap] * v;
-        }
-        store<kLanes>(target, sum);
+        Wide<T, kLanes> sum;
+        sum.read(target);
+        for (int tap = begin[s]; tap < begin[s + 1]; ++tap) sum.add(weight[tap], spread + bin[tap] * kLanes);
+        sum.write(target);
       }
     }
     return;
@@ -239,8 +278,8 @@ FASTRCNN_TARGET void spread_planes(
     spread_plane<T>(r, grad + c * bins_y * bins_x, width, bins_y, bins_x, spread, planes + c * plane_size);
 }
 
-// Add kVectors * kWidth channels from c on of one region to rows [top, bottom) of a map; target starts at row top. NHWC.
-template <typename S, int kVectors, int kWidth>
+// Add kWidth channels from c on of one region to rows [top, bottom) of a map; target starts at row top. NHWC.
+template <typename S, int kWidth>
 FASTRCNN_INLINE void spread_block(
     const Region<typename ComputeOf<S>::type>& r, const S* grad, int width, int64_t channels, int64_t c, int bins_x,
     int top, int bottom, typename ComputeOf<S>::type* target) {
@@ -250,22 +289,16 @@ FASTRCNN_INLINE void spread_block(
     if (y < top || y >= bottom) continue;
     for (int sx = 0; sx < r.x.slots(); ++sx) {
       T* pixel = target + (static_cast<int64_t>(y - top) * width + r.x.pixel[sx]) * channels + c;
-      Vector<T, kWidth> sum[kVectors], v;
-#pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) load<kWidth>(pixel + i * kWidth, sum[i]);
+      Wide<T, kWidth> sum;
+      sum.read(pixel);
       for (int ty = r.y.slot_begin[sy]; ty < r.y.slot_begin[sy + 1]; ++ty) {
         for (int tx = r.x.slot_begin[sx]; tx < r.x.slot_begin[sx + 1]; ++tx) {
           const T w = r.y.slot_weight[ty] * r.x.slot_weight[tx];
           const S* source = grad + (static_cast<int64_t>(r.y.slot_bin[ty]) * bins_x + r.x.slot_bin[tx]) * channels + c;
-#pragma GCC unroll 4
-          for (int i = 0; i < kVectors; ++i) {
-            load<kWidth>(source + i * kWidth, v);
-            sum[i] += w * v;
-          }
+          sum.add(w, source);
         }
       }
-#pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) store<kWidth>(pixel + i * kWidth, sum[i]);
+      sum.write(pixel);
     }
   }
 }
@@ -275,9 +308,9 @@ FASTRCNN_TARGET void spread_region(
     const Region<typename ComputeOf<S>::type>& r, const S* grad, int width, int64_t channels, int bins_x, int top,
     int bottom, typename ComputeOf<S>::type* target) {
   int64_t c = 0;
-  for (; c + 64 <= channels; c += 64) spread_block<S, 4, 16>(r, grad, width, channels, c, bins_x, top, bottom, target);
-  for (; c + 16 <= channels; c += 16) spread_block<S, 1, 16>(r, grad, width, channels, c, bins_x, top, bottom, target);
-  for (; c < channels; ++c) spread_block<S, 1, 1>(r, grad, width, channels, c, bins_x, top, bottom, target);
+  for (; c + 64 <= channels; c += 64) spread_block<S, 64>(r, grad, width, channels, c, bins_x, top, bottom, target);
+  for (; c + 16 <= channels; c += 16) spread_block<S, 16>(r, grad, width, channels, c, bins_x, top, bottom, target);
+  for (; c < channels; ++c) spread_block<S, 1>(r, grad, width, channels, c, bins_x, top, bottom, target);
 }
 
 }  // namespace FASTRCNN_ISA
