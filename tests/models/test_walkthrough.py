@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastrcnn_kernels
 from fastrcnn.build import build_model
 from fastrcnn.config import load_config
 from tests.models.inputs import CONFIGS, random_batch
@@ -38,14 +39,20 @@ def walk():
         "mask_logits": mask.predictor,
     }.items():
         module.register_forward_hook(record(name))
-    sample = box.sample
+    sample, draw = box.sample, fastrcnn_kernels.sample_balanced
+    seen["draws"] = []
 
     def recorded_sample(*args):
         seen["sampled"] = sample(*args)
         return seen["sampled"]
 
+    def recorded_draw(*args):
+        seen["draws"].append(draw(*args))
+        return seen["draws"][-1]
+
     box.sample = recorded_sample
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastrcnn_kernels, "sample_balanced", recorded_draw)
         seen["losses"] = model(images, targets)
     seen["images"] = images
     return seen
@@ -61,6 +68,14 @@ def test_features_and_rpn_outputs(walk):
     assert [tuple(x.shape) for x in objectness] == [(2, 3, h, w) for h, w in LEVELS]
     assert [tuple(x.shape) for x in deltas] == [(2, 12, h, w) for h, w in LEVELS]
     assert [len(a) for a in walk["anchors"]] == [201600, 50400, 12600, 3150, 819]
+
+
+def test_rpn_samples(walk):
+    indices, num_positive, num_sampled = walk["draws"][0]
+    assert tuple(indices.shape) == (2, 256)
+    assert num_sampled.tolist() == [256, 256]
+    assert all(0 < n <= 128 for n in num_positive.tolist())
+    assert len(walk["draws"]) == 2  # the other is the box head's
 
 
 def test_box_head_shapes(walk):
