@@ -42,7 +42,8 @@ def _cpu_name() -> str:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Adds what decides a kernel's time and what pytest-benchmark does not record."""
-    machine_info.pop("node", None)  # a host name says nothing about speed
+    for name in ("node", "release", "python_build"):  # names of a host and its builds say nothing about speed
+        machine_info.pop(name, None)
     try:
         import triton
 
