@@ -7,8 +7,8 @@ TORCH_ARGS ?=
 DEMO_OUTPUT ?= output/demo
 STAMP := $(VENV)/.installed
 
-# Threads that wait for each other sleep instead of spinning. Spinning is up to a fifth faster on an idle machine and
-# ten times slower on one where something else runs, which is what a laptop is (docs/kernels.md).
+# Threads that wait for each other sleep instead of spinning. Spinning was about a fifth faster on an idle machine,
+# and at times several times slower on one where something else ran, as on a laptop (docs/kernels.md).
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup demo test test-fast bench gpu-check lint format clean
