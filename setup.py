@@ -25,8 +25,18 @@ elif sys.platform == "darwin":
     COMPILE_ARGS, LINK_ARGS = ["-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=off"], []
 else:
     # Contraction is off so that a box compared against a threshold rounds alike in every back-end.
-    COMPILE_ARGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"]
+    COMPILE_ARGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
     LINK_ARGS = ["-fopenmp"]
+
+
+HEADERS = sorted(str(path) for path in Path("kernels/csrc").glob("*.h"))
+
+
+def out_of_date(obj, source):
+    """Whether an object file must be compiled again: its source or a header is newer."""
+    if not os.path.exists(obj):
+        return True
+    return any(os.path.getmtime(path) > os.path.getmtime(obj) for path in (source, *HEADERS, "setup.py"))
 
 
 class OptionalBuildExt(build_ext):
@@ -69,13 +79,16 @@ def extensions():
         print("fastrcnn: FASTRCNN_BUILD_EXT=0, the operators will use their PyTorch reference on the CPU.")
         return []
     import pybind11
+    from pybind11.setup_helpers import ParallelCompile
 
+    # One compiler a processor, and only for the files that changed.
+    ParallelCompile("FASTRCNN_BUILD_JOBS", needs_recompile=out_of_date).install()
     return [
         setuptools.Extension(
             "fastrcnn_kernels._C",
             SOURCES,
             include_dirs=[pybind11.get_include()],
-            depends=sorted(str(path) for path in Path("kernels/csrc").glob("*.h")),
+            depends=HEADERS,
             extra_compile_args=COMPILE_ARGS,
             extra_link_args=LINK_ARGS,
             language="c++",
