@@ -25,7 +25,8 @@ elif sys.platform == "darwin":
     COMPILE_ARGS, LINK_ARGS = ["-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=off"], []
 else:
     # Contraction is off so that a box compared against a threshold rounds alike in every back-end.
-    COMPILE_ARGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
+    COMPILE_ARGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=off"]
+    COMPILE_ARGS += ["-fvisibility=hidden"]
     LINK_ARGS = ["-fopenmp"]
 
 
