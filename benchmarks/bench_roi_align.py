@@ -4,13 +4,11 @@
     pytest benchmarks/bench_roi_align.py --benchmark-disable      run each once: the correctness gate alone
     FASTRCNN_BENCH_SMALL=1 pytest benchmarks/bench_roi_align.py   small inputs
 
-Every provider's result (and gradient) is compared with the C++ or Triton kernel's before it is timed. torchvision
-selects and scatters the regions of each level, as its ``MultiScaleRoIAlign`` does; it has no bfloat16 on CUDA.
+torchvision selects and scatters the regions of each level, as its ``MultiScaleRoIAlign`` does; it has no bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastrcnn_kernels
 from benchmarks.cases import HEIGHT, SMALL, WIDTH
+from benchmarks.harness import PROVIDERS, Call, assert_close, measure, provider_call, torchvision
 from fastrcnn_kernels import assign_levels, multiscale_roi_align
 from fastrcnn_kernels import roi_align_reference as reference
 
-PROVIDERS = ["reference", "compiled", "cpp", "triton", "torchvision"]
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
 
@@ -85,76 +82,75 @@ CASES = (
 )
 
 
-def torchvision_call(case: Case, features: list[Tensor], rois: Tensor, levels: Tensor) -> Callable[[], Tensor]:
+def torchvision_call(case: Case, features: list[Tensor], rois: Tensor, levels: Tensor) -> Call:
     """What torchvision's MultiScaleRoIAlign does, with our levels: select, pool and scatter level by level."""
-    ops = pytest.importorskip("torchvision", reason="torchvision is not installed").ops
-    if case.dtype == torch.bfloat16:
-        pytest.skip("torchvision has no bfloat16 kernel")
 
     def call() -> Tensor:
+        if case.dtype == torch.bfloat16:
+            pytest.skip("torchvision has no bfloat16 kernel")
         out = features[0].new_zeros(case.rois, case.channels, case.size, case.size)
         for level, scale in enumerate(SCALES):
             index = torch.where(levels == level)[0]
-            out[index] = ops.roi_align(features[level], rois[index], case.size, scale, case.ratio)
+            out[index] = torchvision().ops.roi_align(features[level], rois[index], case.size, scale, case.ratio)
         return out
 
     return call
 
 
-def provider_call(
-    provider: str, case: Case, features: list[Tensor], rois: Tensor, levels: Tensor
-) -> Callable[[], Tensor]:
-    """A call without arguments, or a skip with the reason."""
-    if provider == "torchvision":
-        return torchvision_call(case, features, rois, levels)
-    if provider == "compiled":
+def compiled_call(case: Case, features: list[Tensor], rois: Tensor, levels: Tensor, mode: str) -> Call:
+    compiled = torch.compile(reference.forward)
+
+    def call() -> Tensor:
         if case.ratio <= 0:
             pytest.skip("with an adaptive grid the reference walks the regions in Python")
-        compiled = torch.compile(reference.forward)
-        return lambda: compiled(features, rois, levels, SCALES, case.size, case.size, case.ratio, False)
-    report = fastrcnn_kernels.backend_report(rois.device)["roi_align"]
-    if report[provider] != "available":
-        pytest.skip(report[provider])
-    if provider == "triton" and rois.device.type == "cpu":
-        pytest.skip("Triton's interpreter is for tests, not for timing")
-    return lambda: multiscale_roi_align(features, rois, levels, case.size, SCALES, case.ratio)
+        if mode == "both" and not SMALL:
+            pytest.skip("the gradient of the compiled reference keeps every pixel gathered: several gigabytes")
+        return compiled(features, rois, levels, SCALES, case.size, case.size, case.ratio, False)
+
+    return call
 
 
 @pytest.mark.parametrize("mode", ["forward", "both"])
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 def bench_roi_align(benchmark: Any, device: torch.device, case: Case, provider: str, mode: str) -> None:
-    if provider == "compiled" and mode == "both" and not SMALL:
-        pytest.skip("the gradient of the compiled reference keeps every pixel gathered: several gigabytes")
     features, rois, levels, grad = case.inputs(device)
-    call = provider_call(provider, case, features, rois, levels)
 
-    def run(pooled: Callable[[], Tensor]) -> list[Tensor]:
-        if mode == "forward":
-            with torch.no_grad():
-                return [pooled()]
-        out = pooled()
-        return [out.detach(), *torch.autograd.grad(out, features, grad)]
+    def run(pooled: Call) -> Call:
+        def call() -> list[Tensor]:
+            if mode == "forward":
+                with torch.no_grad():
+                    return [pooled()]
+            out = pooled()
+            return [out.detach(), *torch.autograd.grad(out, features, grad)]
 
-    backend = provider if provider in fastrcnn_kernels.backend_report(device)["roi_align"] else "auto"
+        return call
+
+    ours = run(lambda: multiscale_roi_align(features, rois, levels, case.size, SCALES, case.ratio))
     tolerance = 2e-2 if case.dtype == torch.bfloat16 else 1e-4
-    truth = run(lambda: multiscale_roi_align(features, rois, levels, case.size, SCALES, case.ratio))
-    with fastrcnn_kernels.set_backend(backend):
-        for ours, theirs in zip(truth, run(call), strict=True):
-            torch.testing.assert_close(theirs, ours, rtol=tolerance, atol=tolerance)
-        del truth
-        pooled = case.rois * case.channels * case.size**2
-        pixels = sum(f.numel() for f in features)
-        benchmark.group = f"{case.label}-{mode}"
-        benchmark.extra_info.update(
-            shape=[list(f.shape) for f in features],
-            rois=case.rois,
-            dtype=str(case.dtype),
-            # Pooled regions out; backward, their gradient in and the gradient of every pixel out. Features read once.
-            bytes=case.dtype.itemsize * (pixels + pooled + (pixels + pooled if mode == "both" else 0)),
-            device=str(device),
-        )
-        if provider in ("reference", "compiled"):
-            benchmark.pedantic(lambda: run(call), rounds=3, iterations=1)
-        else:
-            benchmark(lambda: run(call))
+    pooled = case.rois * case.channels * case.size**2
+    pixels = sum(f.numel() for f in features)
+    measure(
+        benchmark,
+        provider_call(
+            provider,
+            ("roi_align", "roi_align_backward"),
+            device,
+            ours=ours,
+            compiled=run(compiled_call(case, features, rois, levels, mode)),
+            torchvision=run(torchvision_call(case, features, rois, levels)),
+        ),
+        truth=ours,
+        equal=assert_close(tolerance, tolerance),
+        group=f"{case.label}-{mode}",
+        provider=provider,
+        device=device,
+        # Pooled regions out; backward, their gradient in and the gradient of every pixel out. Features read once.
+        bytes=case.dtype.itemsize * (pixels + pooled + (pixels + pooled if mode == "both" else 0)),
+        # Four taps a sample, a product and a sum each; backward the same again.
+        flops=8 * pooled * max(1, case.ratio) ** 2 * (2 if mode == "both" else 1),
+        target=("torchvision", 4) if case.dtype == torch.float32 else None,
+        shape=[list(f.shape) for f in features],
+        rois=case.rois,
+        dtype=str(case.dtype),
+    )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-WIDTH, HEIGHT = 1333, 800
+from benchmarks.harness import SMALL
 
-# FASTRCNN_BENCH_SMALL=1: small cases only, a check that every benchmark runs.
-SMALL = os.environ.get("FASTRCNN_BENCH_SMALL", "0") == "1"
+WIDTH, HEIGHT = 1333, 800
 
 
 @dataclass(frozen=True)
