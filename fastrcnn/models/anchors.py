@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 import fastrcnn_kernels as kernels
+from fastrcnn.structures import Targets
 
 
 class AnchorGenerator(nn.Module):
@@ -59,6 +60,32 @@ class AnchorGenerator(nn.Module):
             ]
         return self._grids[key]
 
-    def inside(self, anchors: Tensor, image_sizes: Tensor) -> Tensor:
-        """bool [N, A]: which anchors take part in training, for images of (height, width) before padding."""
-        return kernels.anchors_inside_image(anchors, image_sizes, self.straddle_thresh)
+    def match(
+        self,
+        targets: Targets,
+        grid_sizes: Sequence[tuple[int, int]],
+        image_sizes: Tensor,
+        *,
+        high_threshold: float,
+        low_threshold: float,
+        box_offset: int,
+    ) -> Tensor:
+        """int64 [N, A]: the ground truth of each anchor, -1 for background, -2 if it takes no part in training.
+
+        Args:
+            grid_sizes: (height, width) of each feature level.
+            image_sizes: [N, 2], (height, width) before padding.
+        """
+        return kernels.match_anchors(
+            targets.boxes,
+            targets.count,
+            [self.cell_anchors.get_buffer(str(level)) for level in range(len(self.strides))],
+            grid_sizes,
+            self.strides,
+            image_sizes,
+            high_threshold=high_threshold,
+            low_threshold=low_threshold,
+            allow_low_quality_matches=True,
+            straddle_thresh=self.straddle_thresh,
+            box_offset=box_offset,
+        )

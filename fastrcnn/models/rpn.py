@@ -107,13 +107,15 @@ class RPN(nn.Module):
         if targets is not None:
             if seeds is None:
                 raise ValueError("RPN: training needs seeds")
-            losses = self.losses(images, anchors, objectness, deltas, targets, seeds)
+            grid_sizes = [(f.shape[-2], f.shape[-1]) for f in features]
+            losses = self.losses(images, anchors, grid_sizes, objectness, deltas, targets, seeds)
         return proposals, losses
 
     def losses(
         self,
         images: ImageList,
         anchors: Sequence[Tensor],
+        grid_sizes: Sequence[tuple[int, int]],
         objectness: Sequence[Tensor],
         deltas: Sequence[Tensor],
         targets: Targets,
@@ -122,20 +124,16 @@ class RPN(nn.Module):
         """Binary cross entropy and smooth L1 over a balanced sample of anchors, both divided by the sample's size."""
         all_anchors = torch.cat(list(anchors)).to(targets.boxes.dtype)  # [A, 4]
         with torch.no_grad():
-            matched = kernels.match_boxes(
-                targets.boxes,
-                targets.count,
-                all_anchors,
+            matched = self.anchor_generator.match(
+                targets,
+                grid_sizes,
+                images.sizes,
                 high_threshold=self.fg_iou_threshold,
                 low_threshold=self.bg_iou_threshold,
-                allow_low_quality_matches=True,
                 box_offset=self.convention.box_offset,
             )  # [N, A]
-            inside = self.anchor_generator.inside(all_anchors, images.sizes)  # [N, A]
-            labels = torch.where(matched >= 0, 1, torch.where(matched == -1, 0, -1))
-            labels = torch.where(inside, labels, -1)
             indices, num_positive, num_sampled = kernels.sample_balanced(
-                labels, self.batch_size_per_image, self.positive_fraction, seeds
+                matched + 1, self.batch_size_per_image, self.positive_fraction, seeds
             )  # [N, B], [N], [N]
             slot = torch.arange(indices.shape[1], device=indices.device)
             positive = slot < num_positive[:, None]  # [N, B]

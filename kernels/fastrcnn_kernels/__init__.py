@@ -6,7 +6,7 @@ from fastrcnn_kernels.box_coder import decode_boxes, encode_boxes
 from fastrcnn_kernels.boxes import box_area, box_iou, clip_boxes_to_image, is_large_enough, remove_small_boxes
 from fastrcnn_kernels.losses import smooth_l1_loss
 from fastrcnn_kernels.masks import mask_targets, paste_masks
-from fastrcnn_kernels.matcher import match_boxes
+from fastrcnn_kernels.matcher import match_anchors, match_boxes
 from fastrcnn_kernels.nms import batched_nms, nms, nms_padded
 from fastrcnn_kernels.preprocess import preprocess_images, resize_image
 from fastrcnn_kernels.roi_align import MultiScaleRoIAlign, RoIAlign, assign_levels, multiscale_roi_align, roi_align
@@ -30,6 +30,7 @@ __all__ = [
     "image_seeds",
     "is_large_enough",
     "mask_targets",
+    "match_anchors",
     "match_boxes",
     "multiscale_roi_align",
     "nms",

@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastrcnn_kernels import box_iou, cell_anchors, grid_anchors, match_boxes, matcher
+from fastrcnn_kernels import (
+    box_iou,
+    cell_anchors,
+    grid_anchors,
+    match_boxes,
+    matcher_reference,
+)
 from tests.kernels.helpers import MARGIN
 from tests.kernels.nosync import forbid_host_sync
 
@@ -173,8 +179,8 @@ def test_boxes_common_to_all_images() -> None:
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], chunk: int) -> None:
     gts, boxes, count = random_boxes(2, 5), random_boxes(100, seed=1), torch.tensor([5, 3])
     whole = match_boxes(gts, count, boxes, **arguments)
-    monkeypatch.setattr(matcher, "CPU_CHUNK_ELEMENTS", 10 * chunk)
-    monkeypatch.setattr(matcher, "MIN_CHUNK", 1)
+    monkeypatch.setattr(matcher_reference, "CPU_CHUNK_ELEMENTS", 10 * chunk)
+    monkeypatch.setattr(matcher_reference, "MIN_CHUNK", 1)
     assert torch.equal(match_boxes(gts, count, boxes, **arguments), whole)
 
 
@@ -244,11 +250,11 @@ def test_memory_is_bounded() -> None:
     gts, count = random_boxes(1, 5000), torch.tensor([5000])
     with Largest() as largest:
         match_boxes(gts, count, random_boxes(3000, seed=1), **RPN)
-    assert largest.numel <= 5000 * matcher.MIN_CHUNK + 2 * MARGIN
+    assert largest.numel <= 5000 * matcher_reference.MIN_CHUNK + 2 * MARGIN
     with Largest() as largest:
         matched = match_boxes(gts.to("meta"), count.to("meta"), torch.empty(250_000, 4, device="meta"), **RPN)
     assert matched.shape == (1, 250_000)
-    assert largest.numel <= matcher.CHUNK_ELEMENTS
+    assert largest.numel <= matcher_reference.CHUNK_ELEMENTS
     small = torch.empty(2, 10, 4, device="meta")
     with Largest() as largest:
         match_boxes(small, torch.empty(2, device="meta", dtype=torch.int64), torch.empty(9, 4, device="meta"), **RPN)
@@ -274,8 +280,8 @@ def test_no_host_sync() -> None:
 
 @pytest.mark.slow
 def test_compile_fullgraph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matcher, "CPU_CHUNK_ELEMENTS", 1000)
-    monkeypatch.setattr(matcher, "MIN_CHUNK", 1)
+    monkeypatch.setattr(matcher_reference, "CPU_CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(matcher_reference, "MIN_CHUNK", 1)
     gts, boxes, count = random_boxes(2, 5), random_boxes(250, seed=1), torch.tensor([5, 4])
     compiled = torch.compile(lambda g, c, b: match_boxes(g, c, b, **RPN), fullgraph=True)
     assert torch.equal(compiled(gts, count, boxes), match_boxes(gts, count, boxes, **RPN))

@@ -1,0 +1,137 @@
+"""match_anchors against anchors that are written out, matched and filtered one operator at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fastrcnn_kernels import anchors_inside_image, cell_anchors, grid_anchors, match_anchors
+from fastrcnn_kernels.matcher_reference import match_boxes_reference
+from tests.kernels.nosync import forbid_host_sync
+
+RATIOS = (0.5, 1.0, 2.0)
+RPN = {"high_threshold": 0.7, "low_threshold": 0.3, "allow_low_quality_matches": True, "box_offset": 1}
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu")
+
+
+def pyramid(
+    height: int, width: int, levels: int = 3, sizes: tuple[float, ...] = (1,), dtype: torch.dtype = torch.float32
+) -> tuple[list[torch.Tensor], list[tuple[int, int]], list[int]]:
+    """Cells, grid sizes and strides of an image: strides 8, 16, ..., anchors of four strides a side times ``sizes``."""
+    strides = [8 * 2**level for level in range(levels)]
+    cells = [cell_anchors(s, [4 * s * size for size in sizes], RATIOS).to(dtype) for s in strides]
+    return cells, [(-(-height // s), -(-width // s)) for s in strides], strides
+
+
+def ground_truths(*shape: int, seed: int = 0, extent: float = 100) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    corner = torch.rand(*shape, 2, generator=random) * extent
+    return torch.cat([corner, corner + 4 + torch.rand(*shape, 2, generator=random) * extent / 2], -1)
+
+
+def written_out(
+    gt_boxes: torch.Tensor,
+    gt_count: torch.Tensor,
+    cells: list[torch.Tensor],
+    grid_sizes: list[tuple[int, int]],
+    strides: list[int],
+    image_sizes: torch.Tensor,
+    straddle_thresh: float = 0,
+    **arguments: Any,
+) -> torch.Tensor:
+    """The anchors in memory, matched by the reference on the CPU, then the filter."""
+    grids = [grid_anchors(c.cpu(), *size, s) for c, size, s in zip(cells, grid_sizes, strides, strict=True)]
+    anchors = torch.cat(grids)
+    matched = match_boxes_reference(gt_boxes.cpu(), gt_count.cpu(), anchors, **arguments)
+    return torch.where(anchors_inside_image(anchors, image_sizes.cpu(), straddle_thresh), matched, -2)
+
+
+def check(device: torch.device, gts: torch.Tensor, count: list[int], **change: Any) -> torch.Tensor:
+    """The operator on the device gives what the anchors written out give; returns it."""
+    arguments = {**RPN, **{k: v for k, v in change.items() if k in RPN}}
+    straddle = change.get("straddle_thresh", 0)
+    cells, grid_sizes, strides = change.get("pyramid") or pyramid(96, 120)
+    sizes = change.get("image_sizes") or [[90, 111], [96, 120], [40, 50]]
+    image_sizes = torch.tensor(sizes[: len(gts)], dtype=torch.int64).view(-1, 2)
+    inputs = (gts.to(device), torch.tensor(count, device=device, dtype=torch.int64), [c.to(device) for c in cells])
+    actual = match_anchors(*inputs, grid_sizes, strides, image_sizes.to(device), straddle_thresh=straddle, **arguments)
+    expected = written_out(*inputs, grid_sizes, strides, image_sizes, straddle, **arguments)
+    assert actual.dtype == torch.int64
+    assert actual.device.type == device.type
+    assert torch.equal(actual.cpu(), expected)
+    return actual.cpu()
+
+
+@pytest.mark.parametrize("straddle", [0, 5.5, -1])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("low_quality", [True, False])
+def test_equals_anchors_written_out(device: torch.device, straddle: float, offset: int, low_quality: bool) -> None:
+    matched = check(
+        device,
+        ground_truths(3, 7),
+        [7, 0, 3],
+        straddle_thresh=straddle,
+        box_offset=offset,
+        allow_low_quality_matches=low_quality,
+    )
+    if straddle < 0:
+        assert {-2, -1, 0, 1} <= set(matched.flatten().tolist())
+    else:
+        assert (matched == -2).any()
+        assert (matched >= 0).any() or not low_quality
+
+
+def test_outside_anchors_take_part_in_the_matching(device: torch.device) -> None:
+    """A ground truth at the edge, whose best anchor sticks out: nobody inside gets its low-quality match."""
+    gts = torch.tensor([[[0.0, 0.0, 12.0, 12.0]]])
+    image = [[96, 120]]
+    everywhere = check(device, gts, [1], straddle_thresh=-1, image_sizes=image)
+    inside = check(device, gts, [1], image_sizes=image)
+    assert (everywhere == 0).any()
+    assert not (inside >= 0).any()
+    assert set(inside.flatten().tolist()) == {-2, -1}
+
+
+def test_no_host_sync(device: torch.device) -> None:
+    cells, grid_sizes, strides = pyramid(96, 120)
+    gts, count, sizes = ground_truths(2, 5), torch.tensor([5, 4]), torch.tensor([[90, 111], [96, 120]])
+    inputs = gts.to(device), count.to(device), [c.to(device) for c in cells], grid_sizes, strides, sizes.to(device)
+    with forbid_host_sync(allow_constants=False):
+        match_anchors(*inputs, **RPN)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gt_boxes": torch.zeros(3, 4)}, r"\[N, G, 4\], got \[3, 4\]"),
+        ({"gt_count": torch.zeros(3)}, r"gt_count .* \[2\], got \[3\]"),
+        ({"cells": []}, "an entry a level, got 0, 3 and 3"),
+        ({"strides": [8]}, "an entry a level, got 3, 3 and 1"),
+        ({"cells": [torch.zeros(4)] * 3}, r"cells must have the shape \[A, 4\] each, got \[4\]"),
+        ({"image_sizes": torch.zeros(2, 3)}, r"image_sizes must have the shape \[2, 2\], got \[2, 3\]"),
+        ({"low_threshold": 0.8}, "0.8 and 0.7"),
+        ({"box_offset": 2}, "got 2"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    cells, grid_sizes, strides = pyramid(96, 120)
+    arguments: dict[str, Any] = {
+        "gt_boxes": ground_truths(2, 5),
+        "gt_count": torch.tensor([5, 4]),
+        "cells": cells,
+        "grid_sizes": grid_sizes,
+        "strides": strides,
+        "image_sizes": torch.tensor([[90, 111], [96, 120]]),
+        **RPN,
+    }
+    call: Callable[..., torch.Tensor] = match_anchors
+    call(**arguments)
+    with pytest.raises(ValueError, match=message):
+        call(**{**arguments, **change})
