@@ -230,6 +230,19 @@ def test_a_nan_pixel_stays_where_it_is(place: Place) -> None:
         assert out[1].isnan().any()
 
 
+def test_a_nan_gradient_stays_near(place: Place) -> None:
+    """One NaN spoils at most the 8 x 8 tiles that its bin touches; in C++, whose sums are dense, its region."""
+    feature = torch.randn(1, 2, 8, 32, device=place.device, requires_grad=True)
+    region = 16.0 if place.backend == "cpp" else 32.0
+    rois = torch.tensor([[0, 0.0, 0, region, 8], [0, 16, 0, 32, 8]], device=place.device)
+    out = roi_align(feature, rois, (1, 4), 1.0, 2)
+    upstream = torch.ones_like(out)
+    upstream[0, :, 0, 0] = math.nan
+    (grad,) = torch.autograd.grad(out, feature, upstream)
+    assert grad[..., 17:].isfinite().all()
+    assert grad[..., :4].isnan().any()
+
+
 def test_guarded_buffers(place: Place, guarded: Guards) -> None:
     """Inputs between canaries, outputs poisoned and between canaries (autouse): kernels write only what is theirs."""
     for ratio, layout in ((2, torch.contiguous_format), (0, torch.channels_last)):

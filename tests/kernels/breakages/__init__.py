@@ -12,7 +12,7 @@ class Breakage(NamedTuple):
         path: file of the repository.
         old: a piece of that file that occurs in it exactly once.
         new: what it is replaced by.
-        test: node id of the test that must fail then.
+        test: node id of the test that must fail then; ``-k EXPRESSION`` may follow it.
     """
 
     path: str
