@@ -6,6 +6,9 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace py = pybind11;
 
@@ -19,4 +22,17 @@ namespace py = pybind11;
 template <typename T>
 inline T* as_pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// Ask for large pages in a large buffer about to be written for the first time: small ones cost a fault each.
+inline void advise_large_pages(std::uintptr_t address, int64_t bytes) {
+#if defined(__linux__)
+  constexpr std::uintptr_t kPage = std::uintptr_t{1} << 21;
+  const std::uintptr_t begin = (address + kPage - 1) / kPage * kPage;
+  const std::uintptr_t end = (address + static_cast<std::uintptr_t>(bytes)) / kPage * kPage;
+  if (end > begin) madvise(as_pointer<void>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure changes nothing
+#else
+  (void)address;
+  (void)bytes;
+#endif
 }

@@ -1,12 +1,14 @@
 // The Python module of the CPU kernels. One bind function per operator family, in the file of its name.
 #include "common.h"
 
+void bind_box_coder(py::module_& m);
 void bind_masks(py::module_& m);
 void bind_nms(py::module_& m);
 void bind_roi_align(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fastrcnn_kernels: raw buffers in, raw buffers out. Called by the Python launchers only.";
+  bind_box_coder(m);
   bind_masks(m);
   bind_nms(m);
   bind_roi_align(m);

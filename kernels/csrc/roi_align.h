@@ -64,9 +64,6 @@ struct Problem {
 template <typename T>
 int64_t build_plans(const Problem& p, std::vector<std::vector<Region<T>>>& groups);
 
-// Ask for large pages in a buffer about to be written for the first time: page faults cost as much as the pooling.
-void advise_large_pages(std::uintptr_t address, int64_t bytes);
-
 // 16-bit floats are carried as bits; sums are kept in float.
 struct Half {
   uint16_t bits;

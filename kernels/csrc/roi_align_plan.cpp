@@ -4,10 +4,6 @@
 
 #include "roi_align.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace roi_align {
 namespace {
 
@@ -141,17 +137,5 @@ int64_t build_plans(const Problem& p, std::vector<std::vector<Region<T>>>& group
 
 template int64_t build_plans<float>(const Problem&, std::vector<std::vector<Region<float>>>&);
 template int64_t build_plans<double>(const Problem&, std::vector<std::vector<Region<double>>>&);
-
-void advise_large_pages(std::uintptr_t address, int64_t bytes) {
-#if defined(__linux__)
-  constexpr std::uintptr_t kPage = std::uintptr_t{1} << 21;
-  const std::uintptr_t begin = (address + kPage - 1) / kPage * kPage;
-  const std::uintptr_t end = (address + static_cast<std::uintptr_t>(bytes)) / kPage * kPage;
-  if (end > begin) madvise(as_pointer<void>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure changes nothing
-#else
-  (void)address;
-  (void)bytes;
-#endif
-}
 
 }  // namespace roi_align

@@ -2,7 +2,7 @@
 
 from fastrcnn_kernels._library import backend_report, get_backend, set_backend
 from fastrcnn_kernels.anchors import anchors_inside_image, cell_anchors, grid_anchors
-from fastrcnn_kernels.box_coder import decode_boxes, encode_boxes
+from fastrcnn_kernels.box_coder import decode_boxes, decode_proposals, encode_boxes
 from fastrcnn_kernels.boxes import box_area, box_iou, clip_boxes_to_image, is_large_enough, remove_small_boxes
 from fastrcnn_kernels.losses import smooth_l1_loss
 from fastrcnn_kernels.masks import mask_targets, paste_masks
@@ -24,6 +24,7 @@ __all__ = [
     "cell_anchors",
     "clip_boxes_to_image",
     "decode_boxes",
+    "decode_proposals",
     "encode_boxes",
     "get_backend",
     "grid_anchors",

@@ -1,4 +1,4 @@
-"""Encoding and decoding against maskrcnn-benchmark's golden values and scalar loops in float64."""
+"""Encoding and decoding against maskrcnn-benchmark's golden values and scalar loops in float64, on every back-end."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastrcnn_kernels import decode_boxes, encode_boxes
-from tests.kernels.nosync import forbid_host_sync
+from fastrcnn_kernels import (
+    box_coder_reference,
+    clip_boxes_to_image,
+    decode_boxes,
+    decode_proposals,
+    encode_boxes,
+    is_large_enough,
+    set_backend,
+)
+from tests.kernels.helpers import ForbidSync, Guards, Place
 
 CLIP = math.log(1000 / 16)
 WEIGHTS = ((1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0), (2.0, 3.0, 5.0, 7.0))
@@ -80,62 +88,145 @@ def decode_loop(
     return torch.tensor(rows, dtype=torch.float64).reshape(deltas.shape)
 
 
-def test_decode_golden() -> None:
-    decoded = decode_boxes(torch.tensor(GOLDEN_DELTAS), torch.tensor(GOLDEN_BOXES), box_offset=1)
-    torch.testing.assert_close(decoded, torch.tensor(GOLDEN_DECODED), atol=1e-4, rtol=0)
+def random_deltas(*shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def test_encode_golden() -> None:
+def assert_box_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Decoded boxes of two implementations: 2 ulp of the side and the rounding of the corner."""
+    sides = (expected.unflatten(-1, (-1, 4))[..., 2:] - expected.unflatten(-1, (-1, 4))[..., :2]).abs()  # [..., k, 2]
+    limit = 2.0**-23 * (sides.repeat_interleave(2, -1)[..., [0, 2, 1, 3]].flatten(-2) + expected.abs() + 1)
+    error = (actual - expected).abs()
+    assert bool(((error <= limit) | (actual == expected) | (actual.isnan() & expected.isnan())).all()), error.max()
+
+
+def test_decode_golden(device: torch.device) -> None:
+    decoded = decode_boxes(
+        torch.tensor(GOLDEN_DELTAS, device=device), torch.tensor(GOLDEN_BOXES, device=device), box_offset=1
+    )
+    torch.testing.assert_close(decoded.cpu(), torch.tensor(GOLDEN_DECODED), atol=1e-4, rtol=0)
+
+
+def test_encode_golden(device: torch.device) -> None:
     """The golden values the other way round: the encoding of the decoded boxes are the deltas."""
-    encoded = encode_boxes(torch.tensor(GOLDEN_DECODED), torch.tensor(GOLDEN_BOXES), box_offset=1)
-    torch.testing.assert_close(encoded, torch.tensor(GOLDEN_DELTAS), atol=1e-5, rtol=0)
+    encoded = encode_boxes(
+        torch.tensor(GOLDEN_DECODED, device=device), torch.tensor(GOLDEN_BOXES, device=device), box_offset=1
+    )
+    torch.testing.assert_close(encoded.cpu(), torch.tensor(GOLDEN_DELTAS), atol=1e-5, rtol=0)
 
 
-def test_by_hand() -> None:
+def test_by_hand(device: torch.device) -> None:
     """Anchor 10 x 20 at (5, 10), inclusive; ground truth 20 x 20 at (10, 20): half a width, half a height, ln 2, 0."""
-    anchor, box = torch.tensor([[0.0, 0.0, 9.0, 19.0]]), torch.tensor([[0.0, 10.0, 19.0, 29.0]])
+    anchor = torch.tensor([[0.0, 0.0, 9.0, 19.0]], device=device)
+    box = torch.tensor([[0.0, 10.0, 19.0, 29.0]], device=device)
     encoded = encode_boxes(box, anchor, (10, 10, 5, 5), box_offset=1)
-    torch.testing.assert_close(encoded, torch.tensor([[5.0, 5.0, 5 * math.log(2), 0.0]]))
+    torch.testing.assert_close(encoded.cpu(), torch.tensor([[5.0, 5.0, 5 * math.log(2), 0.0]]))
     torch.testing.assert_close(decode_boxes(encoded, anchor, (10, 10, 5, 5), box_offset=1), box)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("count", [1, 3, 65])
-def test_equals_loops(weights: Sequence[float], offset: int, count: int) -> None:
-    boxes, anchors = random_boxes(count), random_boxes(count, seed=1)
+def test_equals_loops(device: torch.device, weights: Sequence[float], offset: int, count: int) -> None:
+    boxes, anchors = random_boxes(count).to(device), random_boxes(count, seed=1).to(device)
     encoded = encode_boxes(boxes, anchors, weights, box_offset=offset)
     assert encoded.dtype == torch.float32
     # Centres near 400 carry an error of 3e-5 pixels, divided by sizes from 1 on and multiplied by weights up to 10.
     expected = encode_loop(boxes, anchors, weights, offset)
-    torch.testing.assert_close(encoded.double(), expected, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(encoded.double().cpu(), expected, rtol=1e-5, atol=1e-3)
     exact = encode_boxes(boxes.double(), anchors.double(), weights, box_offset=offset)
-    torch.testing.assert_close(exact, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(exact.cpu(), expected, rtol=1e-11, atol=1e-11)
 
-    deltas = torch.randn(count, 12, generator=torch.Generator().manual_seed(2)) * 4
+    deltas = random_deltas(count, 12, scale=4, seed=2).to(device)
     decoded = decode_boxes(deltas.double(), anchors.double(), weights, box_offset=offset)
-    torch.testing.assert_close(decoded, decode_loop(deltas, anchors, weights, offset), rtol=1e-11, atol=1e-9)
+    torch.testing.assert_close(decoded.cpu(), decode_loop(deltas, anchors, weights, offset), rtol=1e-11, atol=1e-9)
     single = decode_boxes(deltas, anchors, weights, box_offset=offset)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), decoded, rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_close_to_the_reference(device: torch.device, weights: Sequence[float], offset: int) -> None:
+    """What the docstring promises: translations to the bit, logarithms and exponentials within 2 ulp."""
+    boxes, anchors = random_boxes(1000).to(device), random_boxes(1000, seed=1).to(device)
+    encoded = encode_boxes(boxes, anchors, weights, box_offset=offset)
+    expected = box_coder_reference.encode(boxes, anchors, weights, offset)
+    assert torch.equal(encoded[:, :2], expected[:, :2])
+    # A product with a weight rounds once more.
+    torch.testing.assert_close(encoded[:, 2:], expected[:, 2:], rtol=3 * 2.0**-23, atol=0)
+    deltas = random_deltas(1000, 8, scale=2).to(device)
+    decoded = decode_boxes(deltas, anchors, weights, box_offset=offset)
+    assert_box_close(decoded, box_coder_reference.decode(deltas, anchors, weights, offset, CLIP))
+
+
+def test_cpp_and_triton_agree_to_the_bit() -> None:
+    if Place("cpp", "cpu").why_not() or Place("triton", "cpu").why_not():
+        pytest.skip("needs the C++ kernels and Triton's interpreter")
+    boxes, anchors = random_boxes(300), random_boxes(300, seed=1)
+    boxes[::7] *= torch.tensor([1.0, 1.0, -1.0, 1e-38])
+    deltas = torch.cat([random_deltas(300, 2), random_deltas(300, 2, scale=60)], dim=1)
+    deltas[0], deltas[1, 2], deltas[2, 3] = 0, math.nan, -math.inf
+    results = []
+    for backend in ("cpp", "triton"):
+        with set_backend(backend):
+            wide = decode_boxes(deltas, anchors, clip=math.inf)
+            results.append([encode_boxes(boxes, anchors, WEIGHTS[1]), wide, decode_boxes(deltas, anchors, WEIGHTS[2])])
+    for cpp, triton in zip(*results, strict=True):
+        assert torch.equal(cpp.nan_to_num(nan=-7.0), triton.nan_to_num(nan=-7.0))
+
+
+EXPONENTS = [0.0, -0.0, 1e-30, -1e-8, 0.34, 0.35, 1.0, -1.0, 4.1351666, -5.86889, 20.0, -20.0, 88.0, 88.8, 90.0, -87.0]
+EXPONENTS += [-88.0, -100.0, -103.9, -104.5, -1000.0, math.inf, -math.inf]
+
+
+def test_exponential(device: torch.device) -> None:
+    """With an anchor of side 1 at the origin and no offset, x2 - x1 is e^dw: within 1 ulp, also below the normals."""
+    dw = torch.cat([torch.tensor(EXPONENTS), torch.linspace(-104, 89, 2001)]).to(device)
+    deltas = torch.stack([dw * 0, dw * 0, dw, dw * 0], dim=1).nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    anchors = torch.tensor([[-1.0, -1.0, 1.0, 1.0]], device=device).expand(len(dw), 4)
+    right = decode_boxes(deltas, anchors, clip=math.inf)[:, 2].double()  # e^dw
+    truth = dw.double().exp()
+    exact = truth.float()
+    ulp = torch.maximum(exact.double() * 2.0**-23, torch.full_like(truth, 2.0**-149))
+    assert bool(((right - truth).abs() <= ulp)[exact < 1e38].all())
+    assert bool(right[exact.isinf()].isinf().all())
+
+
+def test_logarithm(device: torch.device) -> None:
+    """With an anchor of side 1, tw is the logarithm of a width: within 1 ulp, also next to 1 and below the normals."""
+    special = [1.0, 0.5, 2.0, 0.70710677, 0.7071068, 1.4142135, 1.4142137, 1e-45, 1e-38, 1.2e-38, 3e38, math.inf, 0.0]
+    near = 1 + torch.arange(-60, 60) * 2.0**-23
+    widths = torch.cat([torch.tensor([*special, -1.0, math.nan]), near, torch.logspace(-44, 38, 2001)]).to(device)
+    boxes = torch.stack([widths * 0, widths * 0, widths, widths * 0 + 1], dim=1).nan_to_num(nan=0.0, posinf=math.inf)
+    boxes[:, 2] = widths
+    anchors = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
+    actual = encode_boxes(boxes, anchors)[:, 2].double()
+    truth = widths.double().log()
+    assert torch.equal(actual.isnan(), truth.isnan())
+    finite = truth.isfinite()
+    assert torch.equal(actual[~finite & ~truth.isnan()], truth[~finite & ~truth.isnan()])
+    assert bool(((actual - truth).abs() <= truth.abs() * 2.0**-23)[finite].all())
+
+
 sides = st.tuples(st.floats(-500, 500), st.floats(-500, 500), st.floats(1, 400), st.floats(1, 400))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pair=st.tuples(sides, sides), offset=st.sampled_from([0, 1]), weights=st.sampled_from(WEIGHTS))
-def test_decode_inverts_encode(pair: tuple[tuple[float, ...], ...], offset: int, weights: Sequence[float]) -> None:
-    both = torch.tensor(pair, dtype=torch.float64)
+def test_decode_inverts_encode(
+    device: torch.device, pair: tuple[tuple[float, ...], ...], offset: int, weights: Sequence[float]
+) -> None:
+    both = torch.tensor(pair, dtype=torch.float64, device=device)
     box, anchor = torch.cat([both[:, :2], both[:, :2] + both[:, 2:]], dim=1)
     deltas = encode_boxes(box, anchor, weights, box_offset=offset)
     decoded = decode_boxes(deltas, anchor, weights, box_offset=offset, clip=10.0)
     torch.testing.assert_close(decoded, box, rtol=1e-9, atol=1e-9)
 
 
-def test_sizes_are_clamped_from_above_only() -> None:
-    anchor = torch.tensor([[0.0, 0.0, 15.0, 15.0]])
-    deltas = torch.tensor([[0.0, 0.0, 50.0, -50.0]])
+def test_sizes_are_clamped_from_above_only(device: torch.device) -> None:
+    anchor = torch.tensor([[0.0, 0.0, 15.0, 15.0]], device=device)
+    deltas = torch.tensor([[0.0, 0.0, 50.0, -50.0]], device=device)
     x1, y1, x2, y2 = decode_boxes(deltas, anchor, box_offset=1)[0].tolist()
     assert x2 - x1 + 1 == pytest.approx(1000, rel=1e-5), "16 pixels grow to 1000 at most"
     assert y2 - y1 + 1 == pytest.approx(0, abs=1e-5), "and shrink without limit"
@@ -143,22 +234,47 @@ def test_sizes_are_clamped_from_above_only() -> None:
     torch.testing.assert_close(weighted, decode_boxes(deltas, anchor, box_offset=1))
 
 
-def test_class_specific_deltas_and_broadcast() -> None:
-    anchors, deltas = random_boxes(2, 5), torch.randn(2, 5, 81 * 4, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("k", [1, 2, 3, 15, 16, 17, 81])
+def test_class_specific_deltas_and_broadcast(device: torch.device, k: int) -> None:
+    anchors, deltas = random_boxes(2, 5).to(device), random_deltas(2, 5, k * 4).to(device)
     decoded = decode_boxes(deltas, anchors, box_offset=1)
-    assert decoded.shape == (2, 5, 324)
-    for k in (0, 40, 80):
-        one_class = decode_boxes(deltas[..., 4 * k : 4 * k + 4], anchors, box_offset=1)
-        assert torch.equal(decoded[..., 4 * k : 4 * k + 4], one_class)
+    assert decoded.shape == (2, 5, 4 * k)
+    for j in {0, k // 2, k - 1}:
+        one_class = decode_boxes(deltas[..., 4 * j : 4 * j + 4], anchors, box_offset=1)
+        assert torch.equal(decoded[..., 4 * j : 4 * j + 4], one_class)
     common = decode_boxes(deltas, anchors[0], box_offset=1)
     assert torch.equal(common[1], decode_boxes(deltas[1], anchors[0], box_offset=1))
-    targets = encode_boxes(anchors, anchors[0], box_offset=1)
-    assert torch.equal(targets[1], encode_boxes(anchors[1], anchors[0], box_offset=1))
+    assert torch.equal(
+        decode_boxes(deltas[0], anchors, box_offset=1)[1], decode_boxes(deltas[0], anchors[1], box_offset=1)
+    )
 
 
-def test_padding() -> None:
+SHAPES = [((7, 3, 4), (3, 4)), ((3, 4), (7, 3, 4)), ((7, 1, 4), (3, 4)), ((4,), (5, 4)), ((2, 3, 4), (2, 1, 4))]
+SHAPES += [((1, 4), (1, 1, 4)), ((2, 1, 3, 4), (5, 1, 4))]
+
+
+@pytest.mark.parametrize(("first", "second"), SHAPES)
+def test_broadcast_shapes(device: torch.device, first: tuple[int, ...], second: tuple[int, ...]) -> None:
+    """Repeated rows give what expanded inputs give, and their gradients add up."""
+    a, b = random_boxes(*first[:-1]).to(device), random_boxes(*second[:-1], seed=1).to(device)
+    shape = torch.broadcast_shapes(first, second)
+    for function, one in ((encode_boxes, a), (decode_boxes, random_deltas(*first).to(device))):
+        leaves = [t.clone().requires_grad_() for t in (one, b)]
+        result = function(*leaves)
+        assert torch.equal(result, function(one.expand(shape).contiguous(), b.expand(shape).contiguous()))
+        weight = random_deltas(*shape, seed=3).to(device)
+        (result * weight).sum().backward()
+        plain = [t.clone().requires_grad_() for t in (one, b)]
+        specification = {encode_boxes: box_coder_reference.encode, decode_boxes: box_coder_reference.decode}[function]
+        extra = () if function is encode_boxes else (CLIP,)
+        (specification(*plain, WEIGHTS[0], 0, *extra) * weight).sum().backward()
+        for leaf, twin in zip(leaves, plain, strict=True):
+            torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_padding(device: torch.device) -> None:
     """Zero boxes are one pixel where box_offset is 1, and without a size where it is 0 (documented, as torchvision)."""
-    zeros, anchors = torch.zeros(4, 4), random_boxes(4)
+    zeros, anchors = torch.zeros(4, 4, device=device), random_boxes(4).to(device)
     for boxes, reference in ((zeros, anchors), (anchors, zeros), (zeros, zeros)):
         assert encode_boxes(boxes, reference, box_offset=1).isfinite().all()
     modern = encode_boxes(zeros, anchors)
@@ -166,8 +282,8 @@ def test_padding() -> None:
     assert (modern[:, 2:] == -math.inf).all()
 
 
-def test_nan_spoils_only_its_own() -> None:
-    anchors, deltas = random_boxes(6), torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+def test_nan_spoils_only_its_own(device: torch.device) -> None:
+    anchors, deltas = random_boxes(6).to(device), random_deltas(6, 8).to(device)
     others = [0, 1, 2, 4, 5]
     spoiled = deltas.clone()
     spoiled[3, 2] = float("nan")
@@ -175,14 +291,16 @@ def test_nan_spoils_only_its_own() -> None:
     decoded, clean = decode_boxes(spoiled, anchors), decode_boxes(deltas, anchors)
     assert torch.equal(decoded[others], clean[others])
     assert decoded[3].isnan().tolist() == [True, False, True, False, False, False, False, False]
+    assert decoded[3, 5].item() == math.inf
     boxes = anchors.clone()
     boxes[3] = float("nan")
     assert torch.equal(encode_boxes(boxes, anchors)[others], encode_boxes(anchors, anchors)[others])
+    assert encode_boxes(boxes, anchors)[3].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_computes_in_float32(dtype: torch.dtype) -> None:
-    anchors, deltas = random_boxes(9), torch.randn(9, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+def test_half_precision_computes_in_float32(device: torch.device, dtype: torch.dtype) -> None:
+    anchors, deltas = random_boxes(9).to(device), random_deltas(9, 8).to(device, dtype)
     decoded = decode_boxes(deltas, anchors, (10, 10, 5, 5), box_offset=1)
     assert decoded.dtype == torch.float32
     assert torch.equal(decoded, decode_boxes(deltas.float(), anchors, (10, 10, 5, 5), box_offset=1))
@@ -191,51 +309,194 @@ def test_half_precision_computes_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(
         encoded, encode_boxes(anchors.to(dtype).float(), anchors.flip(0).to(dtype).float(), box_offset=1)
     )
+    leaf = deltas.clone().requires_grad_()
+    decode_boxes(leaf, anchors).sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.dtype == dtype
+    integers = encode_boxes(anchors.long(), anchors.flip(0).double())
+    assert integers.dtype == torch.float64, "one float64 input is enough"
 
 
-def test_non_contiguous() -> None:
-    anchors, deltas = random_boxes(8), torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+def test_non_contiguous(device: torch.device, guarded: Guards) -> None:
+    anchors, deltas = random_boxes(8).to(device), random_deltas(8, 8).to(device)
     strided_anchors, strided_deltas = anchors.T.contiguous().T, deltas.T.contiguous().T
     assert not strided_anchors.is_contiguous()
-    assert torch.equal(decode_boxes(strided_deltas, strided_anchors), decode_boxes(deltas, anchors))
+    assert torch.equal(decode_boxes(guarded(strided_deltas), guarded(strided_anchors)), decode_boxes(deltas, anchors))
     assert torch.equal(encode_boxes(strided_anchors, anchors.flip(0)), encode_boxes(anchors, anchors.flip(0)))
 
 
-def test_empty() -> None:
-    assert encode_boxes(torch.empty(0, 4), torch.empty(0, 4)).shape == (0, 4)
-    assert decode_boxes(torch.empty(0, 324), torch.empty(0, 4)).shape == (0, 324)
-    assert decode_boxes(torch.empty(0, 5, 8), torch.empty(5, 4)).shape == (0, 5, 8)
-    assert decode_boxes(torch.empty(5, 0), torch.empty(5, 4)).shape == (5, 0)
+def test_empty(device: torch.device) -> None:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, device=device, requires_grad=True)
+
+    assert encode_boxes(empty(0, 4), empty(0, 4)).shape == (0, 4)
+    assert decode_boxes(empty(0, 324), empty(0, 4)).shape == (0, 324)
+    assert decode_boxes(empty(0, 5, 8), empty(5, 4)).shape == (0, 5, 8)
+    assert decode_boxes(empty(5, 0), empty(5, 4)).shape == (5, 0)
+    anchors, none = torch.zeros(5, 4, device=device, requires_grad=True), empty(5, 0)
+    decode_boxes(none, anchors).sum().backward()
+    assert anchors.grad is not None
+    assert anchors.grad.tolist() == [[0.0] * 4] * 5
+    for lead in ((0, 3), (2, 0)):
+        sizes = torch.ones(lead[0], 2, dtype=torch.int64, device=device)
+        boxes, valid = decode_proposals(empty(*lead, 4), empty(*lead, 4), sizes)
+        assert (boxes.shape, valid.shape) == ((*lead, 4), lead)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-def test_gradcheck(offset: int) -> None:
-    boxes = random_boxes(3, dtype=torch.float64).requires_grad_()
-    anchors = random_boxes(3, seed=1, dtype=torch.float64).requires_grad_()
-    deltas = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+def test_gradcheck(place: Place, offset: int) -> None:
+    device, fast = torch.device(place.device), place.backend == "triton"
+    boxes = random_boxes(3, dtype=torch.float64).to(device).requires_grad_()
+    anchors = random_boxes(3, seed=1, dtype=torch.float64).to(device).requires_grad_()
+    deltas = random_deltas(3, 8).double().to(device).requires_grad_()
     weights = WEIGHTS[2]
-    assert torch.autograd.gradcheck(lambda b, a: encode_boxes(b, a, weights, box_offset=offset), (boxes, anchors))
-    assert torch.autograd.gradcheck(lambda d, a: decode_boxes(d, a, weights, box_offset=offset), (deltas, anchors))
+
+    def encode(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return encode_boxes(b, a, weights, box_offset=offset)
+
+    def decode(d: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return decode_boxes(d, a, weights, box_offset=offset)
+
+    assert torch.autograd.gradcheck(encode, (boxes, anchors), fast_mode=fast)
+    assert torch.autograd.gradcheck(decode, (deltas, anchors), fast_mode=fast)
+    assert torch.autograd.gradgradcheck(decode, (deltas, anchors), fast_mode=True)
 
 
-def test_no_host_sync() -> None:
-    anchors, deltas = random_boxes(2, 5), torch.zeros(2, 5, 8)
-    with forbid_host_sync(allow_constants=False):
-        decode_boxes(deltas, anchors, WEIGHTS[1], box_offset=1)
+@pytest.mark.parametrize("only", ["first", "anchors", "both"])
+def test_gradient_is_that_of_the_reference(device: torch.device, only: str) -> None:
+    """Also at and beyond the clip, at NaN and infinity, for one input alone."""
+    clip = 1.0
+    deltas = random_deltas(40, 12, scale=2).to(device)
+    deltas[0, 2], deltas[0, 3], deltas[1, 2], deltas[2, 6] = clip, math.inf, math.nan, -math.inf
+    inputs = {
+        "decode": (deltas, random_boxes(40).to(device)),
+        "encode": [random_boxes(40, seed=i).to(device) for i in (0, 1)],
+    }
+    for name, (first, anchors) in inputs.items():
+        grads = []
+        for ours in (True, False):
+            a = first.clone().requires_grad_(only != "anchors")
+            b = anchors.clone().requires_grad_(only != "first")
+            if name == "decode":
+                out = (
+                    decode_boxes(a, b, box_offset=1, clip=clip)
+                    if ours
+                    else box_coder_reference.decode(a, b, WEIGHTS[0], 1, clip)
+                )
+            else:
+                out = encode_boxes(a, b, WEIGHTS[1]) if ours else box_coder_reference.encode(a, b, WEIGHTS[1], 0)
+            (out * random_deltas(*out.shape, seed=5).to(device)).sum().backward()
+            grads.append((a.grad, b.grad))
+        for mine, truth in zip(*grads, strict=True):
+            assert (mine is None) == (truth is None)
+            if truth is not None:
+                torch.testing.assert_close(mine, truth, rtol=2e-5, atol=2e-4, equal_nan=True)
+    leaf = deltas[:3, :4].clone().requires_grad_()
+    decode_boxes(leaf, random_boxes(3).to(device), clip=clip).sum().backward()
+    decode_boxes(leaf, random_boxes(3).to(device), clip=clip)[:, 2:].sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad[0, 2] > 0, "at the bound the gradient passes, as in torch.clamp"
+    assert leaf.grad[0, 3] == 0, "beyond it there is none"
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shared", [False, True])
+def test_decode_proposals(device: torch.device, offset: int, dtype: torch.dtype, shared: bool) -> None:
+    """Equal to its three parts, for images of different sizes and anchors of one or of each image."""
+    deltas = random_deltas(3, 70, 4).to(device, dtype)
+    deltas[0, 3, 1] = math.nan
+    anchors = (random_boxes(70) if shared else random_boxes(3, 70)).to(device)
+    sizes = torch.tensor([[200, 300], [90, 400], [1, 1]], device=device)
+    boxes, valid = decode_proposals(deltas, anchors, sizes, WEIGHTS[2], box_offset=offset, min_size=20.0)
+    expected = clip_boxes_to_image(
+        decode_boxes(deltas, anchors, WEIGHTS[2], box_offset=offset), sizes, box_offset=offset
+    )
+    assert torch.equal(boxes.nan_to_num(nan=-7.0), expected.nan_to_num(nan=-7.0))
+    assert torch.equal(valid, is_large_enough(expected, 20.0, box_offset=offset))
+    assert 0 < int(valid[:2].sum()) < 140, "the case would prove nothing"
+    assert not valid[0, 3]
+    assert not valid[2].any()
+
+
+def test_decode_proposals_by_hand(device: torch.device) -> None:
+    anchors = torch.tensor([[0.0, 0.0, 9.0, 9.0], [95.0, 5.0, 104.0, 14.0], [40.0, -9.0, 49.0, 0.0]], device=device)
+    sizes = torch.tensor([[50, 100]], device=device)
+    deltas = torch.zeros(1, 3, 4, device=device)
+    boxes, valid = decode_proposals(deltas, anchors, sizes, box_offset=1, min_size=5)
+    assert boxes[0].tolist() == [[0, 0, 9, 9], [95, 5, 99, 14], [40, 0, 49, 0]]
+    assert valid[0].tolist() == [True, True, False], "5 pixels reach the smallest side, 1 does not"
+    assert decode_proposals(deltas, anchors, sizes, box_offset=1, min_size=5.5)[1][0].tolist() == [True, False, False]
+
+
+def test_no_host_sync(device: torch.device) -> None:
+    anchors, deltas = random_boxes(2, 5).to(device), torch.zeros(2, 5, 8, device=device, requires_grad=True)
+    sizes = torch.tensor([[40, 60], [20, 30]], device=device)
+    with ForbidSync():
+        decode_boxes(deltas, anchors, WEIGHTS[1], box_offset=1).sum().backward()
         encode_boxes(anchors, anchors, WEIGHTS[1], box_offset=1)
+        decode_proposals(deltas[..., :4], anchors, sizes, WEIGHTS[1], box_offset=1)
 
 
-@pytest.mark.slow
-def test_compile_fullgraph() -> None:
+def test_opcheck(device: torch.device) -> None:
+    ops = torch.ops.fastrcnn_kernels
+    weights = [2.0, 3.0, 5.0, 7.0]
+    boxes = random_boxes(2, 5).to(device).requires_grad_()
+    anchors = random_boxes(5, seed=1).to(device).requires_grad_()
+    deltas = random_deltas(2, 5, 8).to(device).requires_grad_()
+    torch.library.opcheck(ops.encode_boxes.default, (boxes, anchors, weights, 1))
+    torch.library.opcheck(ops.decode_boxes.default, (deltas, anchors, weights, 1, CLIP))
+    plain = [t.detach() for t in (boxes, anchors, deltas)]
+    backward = "test_schema", "test_faketensor"
+    arguments = (plain[0] * 0.5, plain[0], plain[1], weights, 1, True, True)
+    torch.library.opcheck(ops.encode_boxes_backward.default, arguments, test_utils=backward)
+    arguments = (plain[2] * 0.5, plain[2], plain[1], weights, 1, CLIP, True, False)
+    torch.library.opcheck(ops.decode_boxes_backward.default, arguments, test_utils=backward)
+    sizes = torch.tensor([[40, 60], [20, 30]], device=device)
+    arguments = (plain[2][..., :4], plain[1], sizes, weights, 1, CLIP, 4.0)
+    torch.library.opcheck(ops.decode_proposals.default, arguments)
+
+
+def test_compile_fullgraph(device: torch.device) -> None:
     def both(deltas: torch.Tensor, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         decoded = decode_boxes(deltas, anchors, WEIGHTS[1], box_offset=1)
         return decoded, encode_boxes(decoded[..., :4], anchors, WEIGHTS[1], box_offset=1)
 
-    anchors, deltas = random_boxes(2, 5), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    anchors = random_boxes(2, 5).to(device)
+    results = []
+    for function in (torch.compile(both, fullgraph=True, backend="aot_eager"), both):
+        deltas = random_deltas(2, 5, 8).to(device).requires_grad_()
+        outputs = function(deltas, anchors)
+        sum(out.sum() for out in outputs).backward()
+        results.append((*outputs, deltas.grad))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compile_inductor() -> None:
+    def proposals(
+        deltas: torch.Tensor, anchors: torch.Tensor, sizes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        boxes, valid = decode_proposals(deltas * 2, anchors, sizes, box_offset=1)
+        return boxes + 1, valid.logical_not()
+
+    arguments = random_deltas(2, 5, 4), random_boxes(2, 5), torch.tensor([[40, 60], [20, 30]])
     for actual, expected in zip(
-        torch.compile(both, fullgraph=True)(deltas, anchors), both(deltas, anchors), strict=True
+        torch.compile(proposals, fullgraph=True)(*arguments), proposals(*arguments), strict=True
     ):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+        assert torch.equal(actual, expected)
+
+
+def test_equals_torchvision() -> None:
+    utils = pytest.importorskip("torchvision.models.detection._utils", reason="torchvision is not installed")
+    anchors, boxes, deltas = random_boxes(500), random_boxes(500, seed=1), random_deltas(500, 84)
+    for weights in WEIGHTS:
+        coder = utils.BoxCoder(weights)
+        torch.testing.assert_close(
+            encode_boxes(boxes, anchors, weights), coder.encode_single(boxes, anchors), rtol=1e-6, atol=1e-6
+        )
+        assert_box_close(decode_boxes(deltas, anchors, weights), coder.decode_single(deltas, anchors))
 
 
 @pytest.mark.parametrize(
@@ -246,6 +507,18 @@ def test_compile_fullgraph() -> None:
         (lambda: decode_boxes(torch.zeros(1, 4), torch.zeros(1, 4), (1, 1, 1)), r"weights must be four .*\(1, 1, 1\)"),
         (lambda: encode_boxes(torch.zeros(1, 4), torch.zeros(1, 4), (1, 1, 0, 1)), "weights must be four positive"),
         (lambda: decode_boxes(torch.zeros(1, 4), torch.zeros(1, 4), box_offset=3), "box_offset .* got 3"),
+        (
+            lambda: decode_proposals(torch.zeros(3, 4), torch.zeros(3, 4), torch.ones(1, 2)),
+            r"\[N, K, 4\], got \[3, 4\]",
+        ),
+        (
+            lambda: decode_proposals(torch.zeros(2, 3, 4), torch.zeros(2, 4), torch.ones(2, 2)),
+            r"anchors must be \[K, 4\] or as deltas \[2, 3, 4\], got \[2, 4\]",
+        ),
+        (
+            lambda: decode_proposals(torch.zeros(2, 3, 4), torch.zeros(3, 4), torch.ones(2, 2)),
+            r"image_sizes must be int64 \[2, 2\], got torch.float32 \[2, 2\]",
+        ),
     ],
 )
 def test_bad_arguments(call: Callable[[], object], message: str) -> None:
