@@ -11,12 +11,14 @@ STAMP := $(VENV)/.installed
 # and at times several times slower on one where something else ran, as on a laptop (docs/kernels.md).
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-fast bench gpu-check lint format clean
+.PHONY: help setup demo test test-fast bench growth breakages gpu-check lint format clean
 
 help:
 	@echo "make demo       train a small Mask R-CNN on generated images, evaluate it, draw pictures (CPU, < 10 minutes)"
 	@echo "make test       all tests, linter and type checker"
-	@echo "make bench      pytest-benchmark comparisons of the kernels"
+	@echo "make bench      pytest-benchmark comparisons of the kernels, a table and a chart in output/bench"
+	@echo "make growth     time and memory of four operators over four decades of input, drawn"
+	@echo "make breakages  break the kernels line by line: the tests must notice (C++ ones compile: minutes)"
 	@echo "make gpu-check  everything that needs a GPU"
 	@echo "make lint | format | clean"
 
@@ -43,10 +45,19 @@ test-fast: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not slow"
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=min,median,rounds --benchmark-group-by=group --benchmark-sort=min
+	mkdir -p output/bench
+	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=min,median,rounds --benchmark-group-by=group \
+	    --benchmark-sort=min --benchmark-json=output/bench/bench.json
+	$(BIN)/python -m benchmarks.report output/bench/bench.json --output output/bench
+
+growth: $(STAMP)
+	$(BIN)/python -m benchmarks.growth --output output/growth
+
+breakages: $(STAMP)
+	$(BIN)/python -m tests.kernels.breakages.run
 
 gpu-check: $(STAMP)
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python -m benchmarks.gpu_check
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

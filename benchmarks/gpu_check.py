@@ -1,21 +1,22 @@
-"""Everything that needs a GPU, in under ten minutes: ``make gpu-check``, or run this file.
+"""Everything that needs a GPU, in under ten minutes: ``make gpu-check``, or ``python -m benchmarks.gpu_check``.
 
 Runs the tests marked ``gpu``, then the operator benchmarks (torchvision is a side where it is installed) and the
-training step, and writes ``OUTPUT/gpu-check.json`` (pytest-benchmark's format, with the machine in it) and
-``OUTPUT/gpu-check.md`` (one table). Exits with 1 where a test or a benchmark's check fails, with 2 without a GPU.
+training step, and writes ``OUTPUT/gpu-check.json`` (pytest-benchmark's format, with the machine in it),
+``OUTPUT/report.md`` (one table) and ``OUTPUT/report.png``. Exits with 1 where a test or a benchmark's check fails,
+with 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from benchmarks import report
 
 ROOT = Path(__file__).resolve().parents[1]
 # The training step first: the most valuable figure, should time run out.
@@ -39,24 +40,9 @@ def run_pytest(arguments: list[str], limit: int) -> int:
         return 124
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """One row a benchmark: group, name, fastest and median time; the fastest of each group first."""
-    machine = results.get("machine_info", {})
-    gpu = (machine.get("gpu") or {}).get("name", "no GPU")
-    lines = [f"{gpu}, torch {machine.get('torch')}, triton {machine.get('triton')}", ""]
-    lines += ["| group | benchmark | min ms | median ms |", "|---|---|---|---|"]
-    rows = sorted(results.get("benchmarks", []), key=lambda row: (row["group"] or "", row["stats"]["min"]))
-    for row in rows:
-        stats = row["stats"]
-        lines.append(
-            f"| {row['group'] or ''} | {row['name']} | {1e3 * stats['min']:.3f} | {1e3 * stats['median']:.3f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "output", help="folder of the two files")
+    parser.add_argument("--output", type=Path, default=ROOT / "output", help="folder of the results")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("error: PyTorch finds no CUDA device here", file=sys.stderr)
@@ -75,9 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         BENCHMARK_LIMIT,
     )
     if stored.is_file():
-        table = markdown(json.loads(stored.read_text()))
-        (args.output / "gpu-check.md").write_text(table)
-        print(table)
+        report.main([str(stored), "--output", str(args.output)])
+        print((args.output / "report.md").read_text())
     print(f"tests: exit code {tests}, benchmarks: exit code {benchmarks}")
     return 0 if tests == benchmarks == 0 else 1
 
