@@ -4,8 +4,8 @@
 
 matching (ground truths against 268,569 anchors), NMS (boxes), RoIAlign (regions) and rasterisation (vertices in all)
 run at sizes ten to the power of a half apart; a size whose run would take longer than ``--seconds`` ends its row. The
-exponent b of ``time ~ size ** b`` is the slope of the last decade, where overhead no longer counts. Writes ``growth.json``,
-``growth.md`` and ``growth.png``.
+exponent b of ``time ~ size ** b`` is the slope of the last decade, where overhead no longer counts. Writes growth.json,
+growth.md and growth.png.
 """
 
 from __future__ import annotations
