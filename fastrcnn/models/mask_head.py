@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastrcnn_kernels as kernels
 from fastrcnn.models.box_head import SampledBoxes
-from fastrcnn.models.layers import NormFactory, at_least_float32, conv_kaiming_normal
+from fastrcnn.models.layers import NormFactory, conv_kaiming_normal
 from fastrcnn.models.pooler import Pooler, to_rois
 from fastrcnn.structures import BoxList, Targets
 
@@ -60,7 +60,18 @@ class MaskRCNNC4Predictor(nn.Module):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        """The logits of all classes [K, classes, M, M]. Training and detection need one class a region: see below."""
         return self.mask_fcn_logits(F.relu(self.conv5_mask(x)))
+
+    def loss(self, x: Tensor, labels: Tensor, targets: Tensor, normaliser: Tensor) -> Tensor:
+        """Binary cross entropy of the masks [K, M, M] of the classes ``labels``; a negative label is padding."""
+        last = self.mask_fcn_logits
+        return kernels.mask_loss(self.conv5_mask(x), last.weight, last.bias, labels, targets, normaliser, relu=True)
+
+    def class_logits(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The logits [K, M, M] of the classes ``labels``, at least float32. No gradient."""
+        last = self.mask_fcn_logits
+        return kernels.mask_class_logits(self.conv5_mask(x), last.weight, last.bias, labels, relu=True)
 
 
 class MaskHead(nn.Module):
@@ -74,7 +85,7 @@ class MaskHead(nn.Module):
     """
 
     def __init__(
-        self, feature_extractor: nn.Module, predictor: nn.Module, *, resolution: int, positives_only: bool
+        self, feature_extractor: nn.Module, predictor: MaskRCNNC4Predictor, *, resolution: int, positives_only: bool
     ) -> None:
         super().__init__()
         self.feature_extractor = feature_extractor
@@ -100,13 +111,12 @@ class MaskHead(nn.Module):
         rois = to_rois(boxes, positive)
         first = torch.arange(len(boxes), device=boxes.device)[:, None] * targets.labels.shape[1]
         instance = torch.where(positive, first + sampled.matched_idxs[:, slots], -1).flatten()
-        labels = torch.where(positive, labels, 0).flatten()
+        labels = torch.where(positive, labels, -1).flatten()
         if box_features is not None:
             box_features = box_features.unflatten(0, sampled.labels.shape)[:, slots].flatten(0, 1)
-        positive = positive.flatten()
         if self.positives_only:
-            real = positive.nonzero().squeeze(1)
-            rois, labels, instance, positive = rois[real], labels[real], instance[real], positive[real]
+            real = positive.flatten().nonzero().squeeze(1)
+            rois, labels, instance = rois[real], labels[real], instance[real]
             box_features = box_features[real] if box_features is not None else None
 
         with torch.no_grad():
@@ -121,11 +131,8 @@ class MaskHead(nn.Module):
                 max_polygons=targets.max_polygons,
             )  # [K, M, M]
         x = self.feature_extractor(features, rois) if box_features is None else box_features
-        logits = self.predictor(x)
-        logits = at_least_float32(_select_class(logits, labels))  # [K, M, M]
-        loss = F.binary_cross_entropy_with_logits(logits, mask_targets.to(logits.dtype), reduction="none")
         normaliser = sampled.num_positive.sum().clamp(min=1) * self.resolution**2
-        return {"loss_mask": torch.where(positive[:, None, None], loss, 0).sum() / normaliser}
+        return {"loss_mask": self.predictor.loss(x, labels, mask_targets, normaliser)}
 
     def forward_test(self, features: Sequence[Tensor], detections: Sequence[BoxList]) -> list[BoxList]:
         """The detections with ``masks``: probabilities [n, 1, M, M] of the predicted class, in the box's frame."""
@@ -136,14 +143,8 @@ class MaskHead(nn.Module):
         )
         labels = torch.cat([d.labels for d in detections if d.labels is not None])
         x = self.feature_extractor(features, torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1))
-        probabilities = at_least_float32(_select_class(self.predictor(x), labels)).sigmoid()[:, None]
+        probabilities = self.predictor.class_logits(x, labels).sigmoid()[:, None]
         return [
             replace(detection, masks=masks)
             for detection, masks in zip(detections, probabilities.split(counts), strict=True)
         ]
-
-
-def _select_class(logits: Tensor, labels: Tensor) -> Tensor:
-    """[K, M, M]: the channel ``labels`` [K] of ``logits`` [K, classes, M, M]."""
-    index = labels[:, None, None, None].expand(-1, 1, *logits.shape[2:])
-    return logits.gather(1, index).squeeze(1)

@@ -5,6 +5,7 @@ from fastrcnn_kernels.anchors import anchors_inside_image, cell_anchors, grid_an
 from fastrcnn_kernels.box_coder import decode_boxes, decode_proposals, encode_boxes
 from fastrcnn_kernels.boxes import box_area, box_iou, clip_boxes_to_image, is_large_enough, remove_small_boxes
 from fastrcnn_kernels.losses import smooth_l1_loss
+from fastrcnn_kernels.mask_loss import mask_class_logits, mask_loss
 from fastrcnn_kernels.masks import mask_targets, paste_masks
 from fastrcnn_kernels.matcher import match_anchors, match_boxes
 from fastrcnn_kernels.nms import batched_nms, nms, nms_padded
@@ -30,6 +31,8 @@ __all__ = [
     "grid_anchors",
     "image_seeds",
     "is_large_enough",
+    "mask_class_logits",
+    "mask_loss",
     "mask_targets",
     "match_anchors",
     "match_boxes",
