@@ -9,6 +9,7 @@ from fastrcnn_kernels.mask_loss import mask_class_logits, mask_loss
 from fastrcnn_kernels.masks import mask_targets, paste_masks
 from fastrcnn_kernels.matcher import match_anchors, match_boxes
 from fastrcnn_kernels.nms import batched_nms, nms, nms_padded
+from fastrcnn_kernels.patch import patch
 from fastrcnn_kernels.preprocess import preprocess_images, resize_image
 from fastrcnn_kernels.roi_align import MultiScaleRoIAlign, RoIAlign, assign_levels, multiscale_roi_align, roi_align
 from fastrcnn_kernels.sampler import image_seeds, sample_balanced
@@ -40,6 +41,7 @@ __all__ = [
     "nms",
     "nms_padded",
     "paste_masks",
+    "patch",
     "preprocess_images",
     "remove_small_boxes",
     "resize_image",
