@@ -4,6 +4,7 @@
 void bind_box_coder(py::module_& m);
 void bind_mask_loss(py::module_& m);
 void bind_masks(py::module_& m);
+void bind_matcher(py::module_& m);
 void bind_nms(py::module_& m);
 void bind_roi_align(py::module_& m);
 
@@ -12,6 +13,7 @@ PYBIND11_MODULE(_C, m) {
   bind_box_coder(m);
   bind_mask_loss(m);
   bind_masks(m);
+  bind_matcher(m);
   bind_nms(m);
   bind_roi_align(m);
 }

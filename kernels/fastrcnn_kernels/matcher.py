@@ -18,14 +18,188 @@ are rounded to the same type. What is exactly equal is a tie.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastrcnn_kernels import _library
+from fastrcnn_kernels.anchors import anchors_inside_image
 from fastrcnn_kernels.boxes import _check_boxes, _check_offset
-from fastrcnn_kernels.matcher_reference import match_anchors_reference, match_boxes_reference
+from fastrcnn_kernels.matcher_reference import (
+    BETWEEN_THRESHOLDS,
+    compute_dtype,
+    match_anchors_reference,
+    match_boxes_reference,
+    write_anchors,
+)
+
+
+def _rounds_otherwise(cells: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether anchors of these cells, computed in ``dtype``, are not those that ``grid_anchors`` gives."""
+    return dtype == torch.float64 and any(cell.dtype != dtype for cell in cells)
+
+
+def _match_written_out(
+    match: Callable[..., Tensor],
+    gt_boxes: Tensor,
+    gt_count: Tensor,
+    cells: Sequence[Tensor],
+    grid_sizes: Sequence[int],
+    strides: Sequence[int],
+    image_sizes: Tensor,
+    high_threshold: float,
+    low_threshold: float,
+    allow_low_quality_matches: bool,
+    straddle_thresh: float,
+    box_offset: int,
+) -> Tensor:
+    """``match`` of anchors in memory, for what the kernels do not compute from the index."""
+    anchors = write_anchors(cells, grid_sizes, strides, compute_dtype(gt_boxes, *cells))
+    matched = match(gt_boxes, gt_count, anchors, high_threshold, low_threshold, allow_low_quality_matches, box_offset)
+    return torch.where(anchors_inside_image(anchors, image_sizes, straddle_thresh), matched, BETWEEN_THRESHOLDS)
+
+
+def _for_cpp(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype).contiguous()
+
+
+def _match_boxes_cpp(
+    gt_boxes: Tensor,
+    gt_count: Tensor,
+    boxes: Tensor,
+    high_threshold: float,
+    low_threshold: float,
+    allow_low_quality_matches: bool,
+    box_offset: int,
+) -> Tensor:
+    dtype = compute_dtype(gt_boxes, boxes)
+    gt_boxes, gt_count, boxes = _for_cpp(gt_boxes, dtype), _for_cpp(gt_count, torch.int64), _for_cpp(boxes, dtype)
+    num_images, num_boxes = gt_boxes.shape[0], boxes.shape[-2]
+    matched = torch.empty((num_images, num_boxes), dtype=torch.int64)
+    if matched.numel():
+        _library.extension().match_boxes(
+            gt_boxes.data_ptr(),
+            gt_count.data_ptr(),
+            boxes.data_ptr(),
+            dtype == torch.float64,
+            num_images,
+            gt_boxes.shape[1],
+            num_boxes,
+            boxes.dim() == 3,
+            high_threshold,
+            low_threshold,
+            allow_low_quality_matches,
+            box_offset,
+            matched.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return matched
+
+
+def _match_anchors_cpp(
+    gt_boxes: Tensor,
+    gt_count: Tensor,
+    cells: Sequence[Tensor],
+    grid_sizes: Sequence[int],
+    strides: Sequence[int],
+    image_sizes: Tensor,
+    high_threshold: float,
+    low_threshold: float,
+    allow_low_quality_matches: bool,
+    straddle_thresh: float,
+    box_offset: int,
+) -> Tensor:
+    dtype = compute_dtype(gt_boxes, *cells)
+    if _rounds_otherwise(cells, dtype):
+        return _match_written_out(
+            _match_boxes_cpp, gt_boxes, gt_count, cells, grid_sizes, strides, image_sizes, high_threshold,
+            low_threshold, allow_low_quality_matches, straddle_thresh, box_offset,
+        )  # fmt: skip
+    gt_boxes, gt_count = _for_cpp(gt_boxes, dtype), _for_cpp(gt_count, torch.int64)
+    image_sizes = _for_cpp(image_sizes, torch.int64)
+    level_cells = [_for_cpp(cell, dtype) for cell in cells]
+    matched = torch.empty((gt_boxes.shape[0], _num_anchors(cells, grid_sizes)), dtype=torch.int64)
+    if matched.numel():
+        _library.extension().match_anchors(
+            gt_boxes.data_ptr(),
+            gt_count.data_ptr(),
+            [cell.data_ptr() for cell in level_cells],
+            [cell.shape[0] for cell in level_cells],
+            list(grid_sizes),
+            list(strides),
+            image_sizes.data_ptr(),
+            dtype == torch.float64,
+            gt_boxes.shape[0],
+            gt_boxes.shape[1],
+            high_threshold,
+            low_threshold,
+            allow_low_quality_matches,
+            straddle_thresh,
+            box_offset,
+            matched.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return matched
+
+
+def _match_boxes_triton(
+    gt_boxes: Tensor,
+    gt_count: Tensor,
+    boxes: Tensor,
+    high_threshold: float,
+    low_threshold: float,
+    allow_low_quality_matches: bool,
+    box_offset: int,
+) -> Tensor:
+    from fastrcnn_kernels.triton import matcher as launcher
+
+    dtype = compute_dtype(gt_boxes, boxes)
+    return launcher.match_boxes(
+        gt_boxes.to(dtype),
+        gt_count,
+        boxes.to(dtype),
+        high_threshold,
+        low_threshold,
+        allow_low_quality_matches,
+        box_offset,
+    )
+
+
+def _match_anchors_triton(
+    gt_boxes: Tensor,
+    gt_count: Tensor,
+    cells: Sequence[Tensor],
+    grid_sizes: Sequence[int],
+    strides: Sequence[int],
+    image_sizes: Tensor,
+    high_threshold: float,
+    low_threshold: float,
+    allow_low_quality_matches: bool,
+    straddle_thresh: float,
+    box_offset: int,
+) -> Tensor:
+    from fastrcnn_kernels.triton import matcher as launcher
+
+    dtype = compute_dtype(gt_boxes, *cells)
+    if _rounds_otherwise(cells, dtype) or len(cells) > launcher.MAX_LEVELS:
+        return _match_written_out(
+            _match_boxes_triton, gt_boxes, gt_count, cells, grid_sizes, strides, image_sizes, high_threshold,
+            low_threshold, allow_low_quality_matches, straddle_thresh, box_offset,
+        )  # fmt: skip
+    return launcher.match_anchors(
+        gt_boxes.to(dtype),
+        gt_count,
+        [cell.to(dtype) for cell in cells],
+        list(grid_sizes),
+        list(strides),
+        image_sizes,
+        high_threshold,
+        low_threshold,
+        allow_low_quality_matches,
+        straddle_thresh,
+        box_offset,
+    )
 
 
 def _match_boxes_fake(gt_boxes: Tensor, gt_count: Tensor, boxes: Tensor, *_: object) -> Tensor:
@@ -50,6 +224,8 @@ _match_boxes = _library.define(
     "bool allow_low_quality_matches, int box_offset) -> Tensor",
     reference=match_boxes_reference,
     fake=_match_boxes_fake,
+    cpp=_match_boxes_cpp,
+    triton="fastrcnn_kernels.matcher:_match_boxes_triton",
 )
 _match_anchors = _library.define(
     "match_anchors(Tensor gt_boxes, Tensor gt_count, Tensor[] cells, SymInt[] grid_sizes, int[] strides, "
@@ -57,6 +233,8 @@ _match_anchors = _library.define(
     "float straddle_thresh, int box_offset) -> Tensor",
     reference=match_anchors_reference,
     fake=_match_anchors_fake,
+    cpp=_match_anchors_cpp,
+    triton="fastrcnn_kernels.matcher:_match_anchors_triton",
 )
 
 

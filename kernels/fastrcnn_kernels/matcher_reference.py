@@ -13,6 +13,7 @@ from fastrcnn_kernels.boxes import _at_least_float32
 
 BELOW_LOW_THRESHOLD = -1
 BETWEEN_THRESHOLDS = -2
+FAR = 1e8
 
 # Elements of one [N, G, chunk] intermediate, of which three are alive. On a CPU they should stay in the cache,
 # elsewhere a launch should be worth its while. It bounds the memory too: 5000 x 250,000 pairs never exist at once.
@@ -30,23 +31,22 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def _usable(boxes: Tensor, box_offset: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sides with those of boxes that are not finite turned inside out, areas, and which boxes are finite.
 
-    A box turned inside out has no intersection with any other: IoU 0, where a NaN would win every maximum. Areas are
-    at least the smallest normal number, so that no IoU is 0 / 0.
+    A box from FAR to -FAR intersects no other, wherever that is: IoU 0, where a NaN would win every maximum. Areas
+    are at least the smallest normal number, so that no IoU is 0 / 0.
     """
     x1, y1, x2, y2 = boxes.unbind(-1)  # [...] each
     area = (x2 - x1 + box_offset) * (y2 - y1 + box_offset)  # [...]
     # A coordinate that is not finite leaves no finite area.
     finite = area.isfinite()  # [...]
-    limits = torch.finfo(boxes.dtype)
     sides = torch.stack(
         [
-            torch.where(finite, x1, limits.max),
-            torch.where(finite, y1, limits.max),
-            torch.where(finite, x2, limits.min),
-            torch.where(finite, y2, limits.min),
+            torch.where(finite, x1, FAR),
+            torch.where(finite, y1, FAR),
+            torch.where(finite, x2, -FAR),
+            torch.where(finite, y2, -FAR),
         ]
     )  # [4, ...]
-    return sides, torch.where(finite, area, 1).clamp(min=limits.tiny), finite
+    return sides, torch.where(finite, area, 1).clamp(min=torch.finfo(boxes.dtype).tiny), finite
 
 
 class _Pairs:
@@ -130,6 +130,17 @@ def match_boxes_reference(
     return torch.where(keep, matched, unmatched)  # [N, A]
 
 
+def write_anchors(
+    cells: Sequence[Tensor], grid_sizes: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """The anchors of all levels, [A, 4]; half types are cast up before anything is computed."""
+    grids = [
+        grid_anchors(_at_least_float32(cell), grid_sizes[2 * level], grid_sizes[2 * level + 1], strides[level])
+        for level, cell in enumerate(cells)
+    ]
+    return torch.cat(grids).to(dtype)
+
+
 def match_anchors_reference(
     gt_boxes: Tensor,
     gt_count: Tensor,
@@ -144,11 +155,7 @@ def match_anchors_reference(
     box_offset: int,
 ) -> Tensor:
     """The specification of :func:`fastrcnn_kernels.match_anchors`; ``grid_sizes`` is height, width of each level."""
-    grids = [
-        grid_anchors(_at_least_float32(cell), grid_sizes[2 * level], grid_sizes[2 * level + 1], strides[level])
-        for level, cell in enumerate(cells)
-    ]
-    anchors = torch.cat(grids).to(compute_dtype(gt_boxes, *cells))  # [A, 4]
+    anchors = write_anchors(cells, grid_sizes, strides, compute_dtype(gt_boxes, *cells))  # [A, 4]
     matched = match_boxes_reference(
         gt_boxes, gt_count, anchors, high_threshold, low_threshold, allow_low_quality_matches, box_offset
     )  # [N, A]

@@ -10,15 +10,11 @@ import torch
 
 from fastrcnn_kernels import anchors_inside_image, cell_anchors, grid_anchors, match_anchors
 from fastrcnn_kernels.matcher_reference import match_boxes_reference
+from tests.kernels.helpers import ForbidSync
 from tests.kernels.nosync import forbid_host_sync
 
 RATIOS = (0.5, 1.0, 2.0)
 RPN = {"high_threshold": 0.7, "low_threshold": 0.3, "allow_low_quality_matches": True, "box_offset": 1}
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cpu")
 
 
 def pyramid(
@@ -98,11 +94,105 @@ def test_outside_anchors_take_part_in_the_matching(device: torch.device) -> None
     assert set(inside.flatten().tolist()) == {-2, -1}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_types(device: torch.device, dtype: torch.dtype) -> None:
+    """Half cells are computed with in float32; float64 ground truths with float32 cells keep the float32 anchors."""
+    cells, grid_sizes, strides = pyramid(48, 60, 2, dtype=dtype)
+    at_least_float32 = [c if dtype == torch.float64 else c.float() for c in cells]
+    image_sizes = torch.tensor([[47, 60]])
+    for gt_dtype in (torch.float32, dtype):
+        gts, count = ground_truths(1, 5, extent=40).to(gt_dtype), torch.tensor([5])
+        actual = match_anchors(
+            gts.to(device), count.to(device), [c.to(device) for c in cells], grid_sizes, strides,
+            image_sizes.to(device), straddle_thresh=0.1, **RPN,
+        )  # fmt: skip
+        expected = written_out(gts, count, at_least_float32, grid_sizes, strides, image_sizes, 0.1, **RPN)
+        assert torch.equal(actual.cpu(), expected)
+    mixed = [cells[0].float(), cells[1].float()]
+    actual = match_anchors(
+        gts.double().to(device), count.to(device), [c.to(device) for c in mixed], grid_sizes, strides,
+        image_sizes.to(device), **RPN,
+    )  # fmt: skip
+    assert torch.equal(actual.cpu(), written_out(gts.double(), count, mixed, grid_sizes, strides, image_sizes, **RPN))
+
+
+@pytest.mark.parametrize("levels", [1, 5, 6, 8])
+def test_levels(device: torch.device, levels: int) -> None:
+    """Down to levels of one pixel, anchors of several sizes, and more levels than the Triton kernels take."""
+    check(device, ground_truths(1, 3, extent=30), [3], pyramid=pyramid(30, 41, levels, (0.5, 1)), straddle_thresh=20)
+
+
+def test_levels_that_differ(device: torch.device) -> None:
+    """Another number of anchors on each level, a level without pixels and one without anchors."""
+    cells, grid_sizes, strides = pyramid(40, 50, 4)
+    cells = [cells[0][:1], cells[1], cells[2][:0], torch.cat([cells[3], cells[3] / 2])]
+    grid_sizes = [grid_sizes[0], (0, 7), grid_sizes[2], grid_sizes[3]]
+    check(device, ground_truths(1, 3, extent=30), [3], pyramid=(cells, grid_sizes, strides), straddle_thresh=30)
+
+
+def test_anchors_that_are_not_finite(device: torch.device) -> None:
+    cells, grid_sizes, strides = pyramid(40, 50, 2)
+    for column, value in enumerate((float("nan"), float("inf"), -float("inf"), float("nan"))):
+        cells[0][1, column] = value
+        for straddle in (-1, 10):
+            check(
+                device, ground_truths(1, 3, extent=30), [3], pyramid=(cells, grid_sizes, strides),
+                straddle_thresh=straddle, low_threshold=0.0,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize(("images", "num_gts"), [(0, 3), (2, 0), (0, 0)])
+def test_empty(device: torch.device, images: int, num_gts: int) -> None:
+    matched = check(device, torch.zeros(images, num_gts, 4), [num_gts] * images)
+    assert set(matched.flatten().tolist()) <= {-1, -2}
+    nowhere = pyramid(0, 0, 2)
+    assert check(device, torch.zeros(images, num_gts, 4), [num_gts] * images, pyramid=nowhere).shape == (images, 0)
+
+
+def test_ground_truth_that_fits_no_anchor(device: torch.device) -> None:
+    """Every anchor is then a low-quality match, but those that stick out are not used."""
+    gts = torch.tensor([[[900.0, 900.0, 909.0, 909.0], [10.0, 10.0, 60.0, 60.0]]])
+    matched = check(device, gts, [2])
+    assert set(matched.flatten().tolist()) == {-2, 0, 1}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_and_many_tiles(threads: int) -> None:
+    """40,000 anchors on the CPU, two images."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        gts, large = ground_truths(2, 40, extent=700), pyramid(800, 1000)
+        check(torch.device("cpu"), gts, [40, 11], pyramid=large, image_sizes=[[800, 1000], [700, 990]])
+    finally:
+        torch.set_num_threads(before)
+
+
+def operator_inputs(device: torch.device) -> tuple[Any, ...]:
+    cells, grid_sizes, strides = pyramid(48, 60, 2)
+    gts, count, sizes = ground_truths(2, 5, extent=40), torch.tensor([5, 4]), torch.tensor([[40, 55], [48, 60]])
+    return gts.to(device), count.to(device), [c.to(device) for c in cells], grid_sizes, strides, sizes.to(device)
+
+
+def test_opcheck(device: torch.device) -> None:
+    gts, count, cells, grid_sizes, strides, sizes = operator_inputs(device)
+    flat = [extent for size in grid_sizes for extent in size]
+    arguments = gts, count, cells, flat, strides, sizes, 0.7, 0.3, True, 0.0, 1
+    torch.library.opcheck(torch.ops.fastrcnn_kernels.match_anchors.default, arguments)
+
+
+@pytest.mark.slow
+def test_compile_fullgraph(device: torch.device) -> None:
+    inputs = operator_inputs(device)
+    compiled = torch.compile(lambda *args: match_anchors(*args, **RPN), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), match_anchors(*inputs, **RPN))
+
+
 def test_no_host_sync(device: torch.device) -> None:
     cells, grid_sizes, strides = pyramid(96, 120)
     gts, count, sizes = ground_truths(2, 5), torch.tensor([5, 4]), torch.tensor([[90, 111], [96, 120]])
     inputs = gts.to(device), count.to(device), [c.to(device) for c in cells], grid_sizes, strides, sizes.to(device)
-    with forbid_host_sync(allow_constants=False):
+    with ForbidSync(), forbid_host_sync(allow_constants=False):
         match_anchors(*inputs, **RPN)
 
 
