@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from fastrcnn.outlines import mask_to_polygon
-from fastrcnn_kernels import mask_targets
+from fastrcnn_kernels import rasterize_polygons
 
 
 def rasterised(polygon: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -104,7 +104,7 @@ def test_mask_to_polygon_survives_scaling() -> None:
 
     def targets(polygons: list[torch.Tensor]) -> torch.Tensor:
         lengths = [len(p) for p in polygons]
-        return mask_targets(
+        return rasterize_polygons(
             torch.cat(polygons),
             torch.tensor(np.cumsum([0, *lengths])),
             torch.tensor([0, len(polygons)]),

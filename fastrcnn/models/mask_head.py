@@ -120,7 +120,7 @@ class MaskHead(nn.Module):
             box_features = box_features[real] if box_features is not None else None
 
         with torch.no_grad():
-            mask_targets = kernels.mask_targets(
+            mask_targets = kernels.rasterize_polygons(
                 targets.vertices,
                 targets.polygon_offsets,
                 targets.instance_offsets,

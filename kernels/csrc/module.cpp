@@ -3,17 +3,19 @@
 
 void bind_box_coder(py::module_& m);
 void bind_mask_loss(py::module_& m);
-void bind_masks(py::module_& m);
 void bind_matcher(py::module_& m);
 void bind_nms(py::module_& m);
+void bind_paste(py::module_& m);
+void bind_rasterize(py::module_& m);
 void bind_roi_align(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fastrcnn_kernels: raw buffers in, raw buffers out. Called by the Python launchers only.";
   bind_box_coder(m);
   bind_mask_loss(m);
-  bind_masks(m);
   bind_matcher(m);
   bind_nms(m);
+  bind_paste(m);
+  bind_rasterize(m);
   bind_roi_align(m);
 }

@@ -6,11 +6,12 @@ from fastrcnn_kernels.box_coder import decode_boxes, decode_proposals, encode_bo
 from fastrcnn_kernels.boxes import box_area, box_iou, clip_boxes_to_image, is_large_enough, remove_small_boxes
 from fastrcnn_kernels.losses import smooth_l1_loss
 from fastrcnn_kernels.mask_loss import mask_class_logits, mask_loss
-from fastrcnn_kernels.masks import mask_targets, paste_masks
 from fastrcnn_kernels.matcher import match_anchors, match_boxes
 from fastrcnn_kernels.nms import batched_nms, nms, nms_padded
+from fastrcnn_kernels.paste import paste_masks
 from fastrcnn_kernels.patch import patch
 from fastrcnn_kernels.preprocess import preprocess_images, resize_image
+from fastrcnn_kernels.rasterize import rasterize_polygons
 from fastrcnn_kernels.roi_align import MultiScaleRoIAlign, RoIAlign, assign_levels, multiscale_roi_align, roi_align
 from fastrcnn_kernels.sampler import image_seeds, sample_balanced
 
@@ -34,7 +35,6 @@ __all__ = [
     "is_large_enough",
     "mask_class_logits",
     "mask_loss",
-    "mask_targets",
     "match_anchors",
     "match_boxes",
     "multiscale_roi_align",
@@ -43,6 +43,7 @@ __all__ = [
     "paste_masks",
     "patch",
     "preprocess_images",
+    "rasterize_polygons",
     "remove_small_boxes",
     "resize_image",
     "roi_align",

@@ -17,7 +17,7 @@ Instance = Sequence[Polygon]
 
 
 def packed(instances: Sequence[Instance]) -> dict[str, Any]:
-    """``instances`` as the arguments of ``mask_targets``."""
+    """``instances`` as the arguments of ``rasterize_polygons``."""
     flat = [polygon for instance in instances for polygon in instance]
     vertices = np.concatenate(flat) if flat else np.zeros((0, 2), np.float32)
     return {

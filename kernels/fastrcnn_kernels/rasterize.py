@@ -1,7 +1,7 @@
-"""Mask targets from polygons, and masks pasted into images (Mask R-CNN, He et al., 2017).
+"""Mask targets from polygons (Mask R-CNN, He et al., 2017).
 
-``mask_targets`` gives the pixels that maskrcnn-benchmark gives by ``SegmentationMask.crop(box).resize((M, M))`` and
-pycocotools' ``frPyObjects``, ``merge`` and ``decode``, and ``paste_masks`` those of its ``Masker``, bit for bit.
+``rasterize_polygons`` gives, bit for bit, the pixels that maskrcnn-benchmark gives by
+``SegmentationMask.crop(box).resize((M, M))`` and pycocotools' ``frPyObjects``, ``merge`` and ``decode``.
 
 How pycocotools fills a polygon (``rleFrPoly``): vertices are rounded to a grid five times finer than the pixels, and
 each edge is walked in steps of one grid unit along its longer axis. Where the walk passes from u = 5c + 2 to 5c + 3,
@@ -19,7 +19,6 @@ order of pycocotools' C code, so that ties round as they do there.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastrcnn_kernels import _library
@@ -28,8 +27,6 @@ from fastrcnn_kernels import _library
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 # Grid coordinates are saturated here; pycocotools overflows its ints at twice that.
 _GRID_LIMIT = float(1 << 30)
-# A pasted mask of more than this many times the image's pixels is resized only where it is seen.
-_OVERSIZE = 4
 
 
 def _edge_table(polygon_offsets: Tensor, num_vertices: int) -> tuple[Tensor, Tensor]:
@@ -104,7 +101,7 @@ def _fill(row: Tensor, crossing: Tensor, part: Tensor, num_parts: int) -> Tensor
     return inside.amax(dim=1).transpose(1, 2)
 
 
-def _mask_targets_reference(
+def _rasterize_polygons_reference(
     vertices: Tensor,
     polygon_offsets: Tensor,
     instance_offsets: Tensor,
@@ -153,7 +150,7 @@ def _mask_targets_reference(
     return masks
 
 
-def _mask_targets_cpp(
+def _rasterize_polygons_cpp(
     vertices: Tensor,
     polygon_offsets: Tensor,
     instance_offsets: Tensor,
@@ -169,7 +166,7 @@ def _mask_targets_cpp(
     vertices, boxes = vertices.contiguous(), boxes.contiguous()
     tables = [t.to(torch.int64).contiguous() for t in (polygon_offsets, instance_offsets, instance_idxs)]
     clip = None if clip_size is None else clip_size.to(torch.float32).contiguous()
-    _library.extension().mask_targets(
+    _library.extension().rasterize_polygons(
         vertices=vertices.data_ptr(),
         num_vertices=vertices.shape[0],
         polygon_offsets=tables[0].data_ptr(),
@@ -187,7 +184,7 @@ def _mask_targets_cpp(
     return masks
 
 
-def _mask_targets_fake(
+def _rasterize_polygons_fake(
     vertices: Tensor,
     polygon_offsets: Tensor,
     instance_offsets: Tensor,
@@ -201,16 +198,17 @@ def _mask_targets_fake(
     return boxes.new_empty((boxes.shape[0], mask_size, mask_size), dtype=torch.uint8)
 
 
-_mask_targets = _library.define(
-    "mask_targets(Tensor vertices, Tensor polygon_offsets, Tensor instance_offsets, Tensor instance_idxs, "
+_rasterize_polygons = _library.define(
+    "rasterize_polygons(Tensor vertices, Tensor polygon_offsets, Tensor instance_offsets, Tensor instance_idxs, "
     "Tensor boxes, Tensor? clip_size, SymInt mask_size, SymInt max_vertices, SymInt max_polygons) -> Tensor",
-    reference=_mask_targets_reference,
-    cpp=_mask_targets_cpp,
-    fake=_mask_targets_fake,
+    reference=_rasterize_polygons_reference,
+    cpp=_rasterize_polygons_cpp,
+    triton="fastrcnn_kernels.triton.rasterize:rasterize_polygons",
+    fake=_rasterize_polygons_fake,
 )
 
 
-def mask_targets(
+def rasterize_polygons(
     vertices: Tensor,
     polygon_offsets: Tensor,
     instance_offsets: Tensor,
@@ -256,21 +254,23 @@ def mask_targets(
         ValueError: for wrong shapes or dtypes.
     """
     if vertices.dim() != 2 or vertices.shape[1] != 2 or vertices.dtype != torch.float32:
-        raise ValueError(f"mask_targets: vertices must be float32 [V, 2], got {vertices.dtype} {tuple(vertices.shape)}")
+        raise ValueError(
+            f"rasterize_polygons: vertices must be float32 [V, 2], got {vertices.dtype} {tuple(vertices.shape)}"
+        )
     if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"mask_targets: boxes must be [K, 4], got shape {tuple(boxes.shape)}")
+        raise ValueError(f"rasterize_polygons: boxes must be [K, 4], got shape {tuple(boxes.shape)}")
     if instance_idxs.shape != boxes.shape[:1]:
-        raise ValueError(f"mask_targets: {tuple(instance_idxs.shape)} instance_idxs for {boxes.shape[0]} boxes")
+        raise ValueError(f"rasterize_polygons: {tuple(instance_idxs.shape)} instance_idxs for {boxes.shape[0]} boxes")
     for name, value in (("polygon_offsets", polygon_offsets), ("instance_offsets", instance_offsets)):
         if value.dim() != 1 or value.shape[0] < 1:
-            raise ValueError(f"mask_targets: {name} must be [n + 1], got shape {tuple(value.shape)}")
+            raise ValueError(f"rasterize_polygons: {name} must be [n + 1], got shape {tuple(value.shape)}")
     if clip_size is not None and clip_size.shape != (boxes.shape[0], 2):
-        raise ValueError(f"mask_targets: clip_size must be [K, 2], got shape {tuple(clip_size.shape)}")
+        raise ValueError(f"rasterize_polygons: clip_size must be [K, 2], got shape {tuple(clip_size.shape)}")
     if mask_size < 1 or max_vertices < 0 or max_polygons < 0:
         raise ValueError(
-            f"mask_targets: needs mask_size >= 1 and counts >= 0, got {mask_size}, {max_vertices}, {max_polygons}"
+            f"rasterize_polygons: needs mask_size >= 1 and counts >= 0, got {mask_size}, {max_vertices}, {max_polygons}"
         )
-    return _mask_targets(
+    return _rasterize_polygons(
         vertices,
         polygon_offsets,
         instance_offsets,
@@ -281,103 +281,3 @@ def mask_targets(
         max_vertices,
         max_polygons,
     )
-
-
-def _expanded_boxes(boxes: Tensor, scale: float) -> Tensor:
-    """Boxes grown about their centres and truncated toward zero to whole pixels. int64 [K, 4]"""
-    half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * scale
-    centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
-    grown = torch.cat([centre - half, centre + half], dim=1)
-    return grown.clamp(-float(1 << 30), float(1 << 30)).trunc().long()
-
-
-def _resized_part(mask: Tensor, height: int, width: int, rows: slice, columns: slice) -> Tensor:
-    """``F.interpolate(mask, (height, width), mode="bilinear", align_corners=False)[rows, columns]``.
-
-    Makes only that part, and so needs no memory for the rest. Rounds otherwise than PyTorch's kernel, which fuses
-    multiplications and additions.
-    """
-
-    def taps(size: int, length: int, wanted: slice) -> tuple[Tensor, Tensor, Tensor]:
-        target = torch.arange(wanted.start, wanted.stop, dtype=torch.float64, device=mask.device)
-        source = ((target + 0.5) * (size / length) - 0.5).clamp(min=0.0)
-        first = source.long().clamp(max=size - 1)
-        return first, (first + 1).clamp(max=size - 1), (source - first).float()
-
-    y0, y1, fy = taps(mask.shape[0], height, rows)
-    x0, x1, fx = taps(mask.shape[1], width, columns)
-    across = torch.lerp(mask[:, x0], mask[:, x1], fx)  # [M, columns]
-    return torch.lerp(across[y0], across[y1], fy[:, None])  # [rows, columns]
-
-
-def _paste_masks_reference(
-    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float, padding: int
-) -> Tensor:
-    size = masks.shape[-1]
-    canvas = torch.zeros((masks.shape[0], height, width), dtype=torch.uint8, device=masks.device)
-    if canvas.numel() == 0:
-        return canvas
-    padded = F.pad(masks.float(), (padding,) * 4)  # [K, M + 2 padding, M + 2 padding]
-    finite = torch.isfinite(boxes).all(dim=1).tolist()
-    corners = _expanded_boxes(boxes.float().nan_to_num(), (size + 2 * padding) / size).tolist()
-    for mask, image, (x1, y1, x2, y2), drawable in zip(padded, canvas, corners, finite, strict=True):
-        rows, columns = slice(max(y1, 0), min(y2 + 1, height)), slice(max(x1, 0), min(x2 + 1, width))
-        if not drawable or rows.start >= rows.stop or columns.start >= columns.stop:
-            continue
-        # Where the part is seen, in the frame of the box.
-        part = (slice(rows.start - y1, rows.stop - y1), slice(columns.start - x1, columns.stop - x1))
-        h, w = y2 - y1 + 1, x2 - x1 + 1
-        if h * w <= _OVERSIZE * height * width:
-            values = F.interpolate(mask[None, None], size=(h, w), mode="bilinear", align_corners=False)[0, 0][part]
-        else:
-            values = _resized_part(mask, h, w, *part)
-        image[rows, columns] = values > threshold if threshold >= 0 else (values * 255).to(torch.uint8)
-    return canvas
-
-
-def _paste_masks_fake(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float, padding: int) -> Tensor:
-    return masks.new_empty((masks.shape[0], height, width), dtype=torch.uint8)
-
-
-_paste_masks = _library.define(
-    "paste_masks(Tensor masks, Tensor boxes, SymInt height, SymInt width, float threshold, SymInt padding) -> Tensor",
-    reference=_paste_masks_reference,
-    fake=_paste_masks_fake,
-)
-
-
-def paste_masks(
-    masks: Tensor, boxes: Tensor, image_size: tuple[int, int], *, threshold: float = 0.5, padding: int = 1
-) -> Tensor:
-    """Draw masks, each predicted in the frame of its box, into images.
-
-    maskrcnn-benchmark's ``Masker``: the mask gets a margin of ``padding`` zeros, its box grows about its centre by
-    ``(M + 2 * padding) / M`` and is truncated toward zero to whole pixels x1 .. x2, y1 .. y2 (both inclusive); the mask
-    is resized to that many pixels (bilinear, ``align_corners=False``), compared with the threshold and cut at the
-    image's border. torchvision's ``paste_masks_in_image``, compared with the threshold, gives the same pixels.
-
-    Memory: the result, and one resized mask at a time; a box much larger than the image is resized only where it is
-    seen. Reads the boxes on the host, so it waits for the device. Not differentiable.
-
-    Args:
-        masks: probabilities, floating [K, M, M].
-        boxes: [K, 4], (x1, y1, x2, y2) in pixels of the image. One with a NaN or an infinity draws nothing, nor does
-            one outside the image, nor one whose x2 or y2 lies a pixel or more before x1 or y1.
-        image_size: (height, width) of the image.
-        threshold: a pixel is set where the resized probability exceeds it. Negative: no comparison; pixels are
-            probabilities times 255, truncated.
-        padding: margin in mask pixels.
-
-    Returns:
-        uint8 [K, height, width] of 0 and 1 (0 to 255 for a negative threshold).
-
-    Raises:
-        ValueError: for wrong shapes.
-    """
-    if masks.dim() != 3 or masks.shape[1] != masks.shape[2] or masks.shape[2] == 0 or not masks.is_floating_point():
-        raise ValueError(f"paste_masks: masks must be floating [K, M, M], got {masks.dtype} {tuple(masks.shape)}")
-    if boxes.shape != (masks.shape[0], 4):
-        raise ValueError(f"paste_masks: boxes must be [{masks.shape[0]}, 4], got shape {tuple(boxes.shape)}")
-    if padding < 0 or min(image_size) < 0:
-        raise ValueError(f"paste_masks: padding and image_size must not be negative, got {padding}, {image_size}")
-    return _paste_masks(masks, boxes, int(image_size[0]), int(image_size[1]), float(threshold), padding)

@@ -1,4 +1,4 @@
-// Mask targets on the CPU: the closed form of fastrcnn_kernels/masks.py, one region at a time.
+// Mask targets on the CPU: the closed form of fastrcnn_kernels/rasterize.py, one region at a time.
 //
 // Unlike the vectorised reference it visits only the columns that an edge crosses, so a region costs about its
 // outline's length in mask pixels, whatever the other instances of the batch are like. Every product that decides a
@@ -11,7 +11,7 @@
 
 namespace {
 
-// As in masks.py: pycocotools overflows its ints at twice that.
+// As in rasterize.py: pycocotools overflows its ints at twice that.
 constexpr double kGridLimit = 1073741824.0;
 
 struct Frame {
@@ -71,7 +71,7 @@ void fill_polygon(const uint8_t* toggles, int64_t size, uint8_t* mask) {
   }
 }
 
-void mask_targets(std::uintptr_t vertices_address, int64_t num_vertices, std::uintptr_t polygon_offsets_address,
+void rasterize_polygons(std::uintptr_t vertices_address, int64_t num_vertices, std::uintptr_t polygon_offsets_address,
                   int64_t num_polygons, std::uintptr_t instance_offsets_address, int64_t num_instances,
                   std::uintptr_t idxs_address, std::uintptr_t boxes_address, std::uintptr_t clip_address,
                   int64_t num_regions, int64_t size, std::uintptr_t masks_address, int num_threads) {
@@ -122,8 +122,8 @@ void mask_targets(std::uintptr_t vertices_address, int64_t num_vertices, std::ui
 
 }  // namespace
 
-void bind_masks(py::module_& m) {
-  m.def("mask_targets", &mask_targets, py::arg("vertices"), py::arg("num_vertices"), py::arg("polygon_offsets"),
+void bind_rasterize(py::module_& m) {
+  m.def("rasterize_polygons", &rasterize_polygons, py::arg("vertices"), py::arg("num_vertices"), py::arg("polygon_offsets"),
         py::arg("num_polygons"), py::arg("instance_offsets"), py::arg("num_instances"), py::arg("idxs"),
         py::arg("boxes"), py::arg("clip"), py::arg("num_regions"), py::arg("size"), py::arg("masks"),
         py::arg("num_threads"));

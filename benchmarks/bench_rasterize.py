@@ -1,6 +1,6 @@
 """Mask targets against the loop over pycocotools that maskrcnn-benchmark runs, pasting against torchvision.
 
-    pytest benchmarks/bench_masks.py
+    pytest benchmarks/bench_rasterize.py
 
 Every provider is checked against the others, pixel for pixel, before it is timed.
 """
@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrcnn_kernels import mask_targets, paste_masks, set_backend
+from fastrcnn_kernels import rasterize_polygons, paste_masks, set_backend
 from tests.kernels.polygon_cases import Polygon, packed, target_by_pycocotools
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -70,7 +70,7 @@ if torch.cuda.is_available():
 
 @pytest.mark.parametrize("provider", ["pycocotools-loop", *OURS])
 @pytest.mark.parametrize("case", TARGET_CASES)
-def bench_mask_targets(benchmark: Any, case: str, provider: str) -> None:
+def bench_rasterize_polygons(benchmark: Any, case: str, provider: str) -> None:
     instances, idxs, boxes = _target_case(case)
     expected = _targets_by_loop(instances, idxs, boxes)
     run: Callable[[], Tensor]
@@ -85,13 +85,13 @@ def bench_mask_targets(benchmark: Any, case: str, provider: str) -> None:
 
         def run() -> Tensor:
             with set_backend(backend):
-                found = mask_targets(mask_size=28, **arguments)
+                found = rasterize_polygons(mask_size=28, **arguments)
             if device == "cuda":
                 torch.cuda.synchronize()
             return found
 
     assert torch.equal(run().cpu(), expected)
-    benchmark.group = f"mask_targets-{case}"
+    benchmark.group = f"rasterize_polygons-{case}"
     benchmark.extra_info.update(regions=len(boxes), vertices=sum(len(p) for p in instances[0]), threads=_threads())
     benchmark(run)
 
