@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrcnn_kernels import rasterize_polygons, paste_masks, set_backend
+from fastrcnn_kernels import paste_masks, rasterize_polygons, set_backend
 from tests.kernels.polygon_cases import Polygon, packed, target_by_pycocotools
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
