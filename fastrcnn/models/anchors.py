@@ -54,10 +54,7 @@ class AnchorGenerator(nn.Module):
         if key not in self._grids:
             if len(self._grids) >= 32:  # a few shape buckets recur; a run over odd sizes must not fill the memory
                 self._grids.clear()
-            self._grids[key] = [
-                kernels.grid_anchors(cell, height, width, stride)
-                for cell, (height, width), stride in zip(cells, shapes, self.strides, strict=True)
-            ]
+            self._grids[key] = kernels.grid_anchors(cells, shapes, self.strides)
         return self._grids[key]
 
     def match(

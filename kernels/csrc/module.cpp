@@ -1,7 +1,9 @@
 // The Python module of the CPU kernels. One bind function per operator family, in the file of its name.
 #include "common.h"
 
+void bind_anchors(py::module_& m);
 void bind_box_coder(py::module_& m);
+void bind_boxes(py::module_& m);
 void bind_mask_loss(py::module_& m);
 void bind_matcher(py::module_& m);
 void bind_nms(py::module_& m);
@@ -11,7 +13,9 @@ void bind_roi_align(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fastrcnn_kernels: raw buffers in, raw buffers out. Called by the Python launchers only.";
+  bind_anchors(m);
   bind_box_coder(m);
+  bind_boxes(m);
   bind_mask_loss(m);
   bind_matcher(m);
   bind_nms(m);

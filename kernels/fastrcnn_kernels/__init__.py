@@ -3,7 +3,16 @@
 from fastrcnn_kernels._library import backend_report, get_backend, set_backend
 from fastrcnn_kernels.anchors import anchors_inside_image, cell_anchors, grid_anchors
 from fastrcnn_kernels.box_coder import decode_boxes, decode_proposals, encode_boxes
-from fastrcnn_kernels.boxes import box_area, box_iou, clip_boxes_to_image, is_large_enough, remove_small_boxes
+from fastrcnn_kernels.boxes import (
+    box_area,
+    box_iou,
+    clip_boxes_to_image,
+    complete_box_iou,
+    distance_box_iou,
+    generalized_box_iou,
+    is_large_enough,
+    remove_small_boxes,
+)
 from fastrcnn_kernels.losses import smooth_l1_loss
 from fastrcnn_kernels.mask_loss import mask_class_logits, mask_loss
 from fastrcnn_kernels.matcher import match_anchors, match_boxes
@@ -26,9 +35,12 @@ __all__ = [
     "box_iou",
     "cell_anchors",
     "clip_boxes_to_image",
+    "complete_box_iou",
     "decode_boxes",
     "decode_proposals",
+    "distance_box_iou",
     "encode_boxes",
+    "generalized_box_iou",
     "get_backend",
     "grid_anchors",
     "image_seeds",

@@ -1,4 +1,4 @@
-"""Anchors: the cell of one feature-map pixel, the grid of a level, and the visibility test of training.
+"""Anchors: the cell of one feature-map pixel, the grids of all levels, and the visibility test of training.
 
 Coordinates are pixels of the padded network input. Anchors are ordered (y, x, anchor of the cell), the order in
 which a [N, A, H, W] head output permuted to [N, H, W, A] is read.
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrcnn_kernels import _library
 from fastrcnn_kernels.boxes import _check_boxes
 
 STYLES = ("maskrcnn_benchmark", "detectron2", "torchvision")
@@ -91,24 +92,97 @@ def cell_anchors(
     return torch.from_numpy(cells.copy())
 
 
-def grid_anchors(cell: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """The anchors of a whole feature map.
+def _compute_dtype(cells: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(cell.dtype == torch.float64 for cell in cells) else torch.float32
+
+
+def _counts(cells: Sequence[Tensor], grid_sizes: Sequence[int]) -> list[int]:
+    return [
+        height * width * cell.shape[0]
+        for cell, height, width in zip(cells, grid_sizes[::2], grid_sizes[1::2], strict=True)
+    ]
+
+
+def grid_anchors_reference(cells: Sequence[Tensor], grid_sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """The specification of :func:`grid_anchors`: the anchors of all levels [A, 4], ``grid_sizes`` flat."""
+    dtype = _compute_dtype(cells)
+    levels = []
+    for cell, height, width, stride in zip(cells, grid_sizes[::2], grid_sizes[1::2], strides, strict=True):
+        x = torch.arange(width, device=cell.device, dtype=dtype) * stride  # [W]
+        y = torch.arange(height, device=cell.device, dtype=dtype) * stride  # [H]
+        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")  # [H, W]
+        shift = torch.stack([grid_x, grid_y, grid_x, grid_y], dim=-1)  # [H, W, 4]
+        levels.append((shift.unsqueeze(2) + cell.to(dtype)).reshape(-1, 4))  # [H * W * A_l, 4]
+    return torch.cat(levels)  # [A, 4]
+
+
+def _grid_anchors_fake(cells: Sequence[Tensor], grid_sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
+    return cells[0].new_empty((sum(_counts(cells, grid_sizes)), 4), dtype=_compute_dtype(cells))
+
+
+def _grid_anchors_cpp(cells: Sequence[Tensor], grid_sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
+    dtype = _compute_dtype(cells)
+    cells = [cell.to(dtype).contiguous() for cell in cells]
+    out = torch.empty((sum(_counts(cells, grid_sizes)), 4), dtype=dtype)
+    table = [
+        (cell.data_ptr(), cell.shape[0], height, width, stride)
+        for cell, height, width, stride in zip(cells, grid_sizes[::2], grid_sizes[1::2], strides, strict=True)
+    ]
+    _library.extension().grid_anchors(table, dtype == torch.float64, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _grid_anchors_triton(cells: Sequence[Tensor], grid_sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
+    from fastrcnn_kernels.triton import anchors as launcher
+
+    dtype = _compute_dtype(cells)
+    cells = [cell.to(dtype).contiguous() for cell in cells]
+    counts = _counts(cells, grid_sizes)
+    out = torch.empty((sum(counts), 4), dtype=dtype, device=cells[0].device)
+    launcher.grid_anchors(cells, counts, grid_sizes[1::2], strides, out)
+    return out
+
+
+_grid_anchors = _library.define(
+    "grid_anchors(Tensor[] cells, SymInt[] grid_sizes, int[] strides) -> Tensor",
+    reference=grid_anchors_reference,
+    fake=_grid_anchors_fake,
+    cpp=_grid_anchors_cpp,
+    triton="fastrcnn_kernels.anchors:_grid_anchors_triton",
+)
+
+
+def grid_anchors(
+    cells: Sequence[Tensor], grid_sizes: Sequence[tuple[int, int]], strides: Sequence[int]
+) -> list[Tensor]:
+    """The anchors of all levels of a pyramid in one launch (torchvision's ``AnchorGenerator.grid_anchors``).
 
     Args:
-        cell: [A, 4], from ``cell_anchors``.
-        height, width: of the feature map, in feature-map pixels.
-        stride: pixels between neighbouring feature-map pixels.
+        cells: for each level [A_l, 4], from ``cell_anchors``. Not differentiable in them.
+        grid_sizes: for each level (height, width) of the feature map, in feature-map pixels.
+        strides: for each level the pixels between neighbouring feature-map pixels.
 
     Returns:
-        [height * width * A, 4] in the order (y, x, anchor), dtype and device of ``cell``.
+        For each level [height * width * A_l, 4] in the order (y, x, anchor of the cell), on the device of the cells,
+        float32 (float64 if a cell is). They are views of one buffer in the order of the levels, so none of them is a
+        copy; write to none of them.
+
+    Raises:
+        ValueError: for no levels, lists of different lengths, wrong shapes, or a cell on another device.
     """
-    if cell.dim() != 2 or cell.shape[1] != 4:
-        raise ValueError(f"cell must have the shape [A, 4], got {list(cell.shape)}")
-    x = torch.arange(width, device=cell.device, dtype=cell.dtype) * stride  # [W]
-    y = torch.arange(height, device=cell.device, dtype=cell.dtype) * stride  # [H]
-    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")  # [H, W]
-    shift = torch.stack([grid_x, grid_y, grid_x, grid_y], dim=-1)  # [H, W, 4]
-    return (shift.unsqueeze(2) + cell).view(-1, 4)  # [H * W * A, 4]
+    if not len(cells) == len(grid_sizes) == len(strides) or not cells:
+        raise ValueError(
+            f"cells, grid_sizes and strides must have one entry a level, got {len(cells)}, {len(grid_sizes)} and "
+            f"{len(strides)}"
+        )
+    for cell in cells:
+        if cell.dim() != 2 or cell.shape[1] != 4:
+            raise ValueError(f"cells must have the shape [A, 4], got {list(cell.shape)}")
+        if cell.device != cells[0].device:
+            raise ValueError(f"cells must be on one device, got {cells[0].device} and {cell.device}")
+    flat = [side for size in grid_sizes for side in size]
+    anchors = _grid_anchors([cell.detach() for cell in cells], flat, list(strides))
+    return list(anchors.split(_counts(cells, flat)))
 
 
 def anchors_inside_image(anchors: Tensor, image_sizes: Tensor, straddle_thresh: float) -> Tensor:

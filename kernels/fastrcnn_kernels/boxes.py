@@ -1,15 +1,23 @@
-"""Box geometry: area, IoU, clipping and the small-box filter.
+"""Box geometry: area, IoU and its relatives, clipping and the small-box filter.
 
 Boxes are ``(x1, y1, x2, y2)`` in absolute pixels of the network's input image. ``box_offset`` chooses the
 convention: 0 is torchvision's and detectron2's (width = x2 - x1), 1 the inclusive pixels of Detectron and
 maskrcnn-benchmark (width = x2 - x1 + 1). The order of the floating-point operations is maskrcnn-benchmark's, so
 that float32 results are equal to the last bit. Everything here is elementwise: a NaN box spoils only itself.
+
+The pairwise measures are operators with kernels; area, clipping and the filter are a few PyTorch operators.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from fastrcnn_kernels import _library
+from fastrcnn_kernels import boxes_reference as reference
 
 
 def _check_boxes(boxes: Tensor, name: str = "boxes") -> None:
@@ -46,35 +54,176 @@ def box_area(boxes: Tensor, *, box_offset: int = 0) -> Tensor:
     return (x2 - x1 + box_offset) * (y2 - y1 + box_offset)  # [...]
 
 
-def _positive_area(boxes: Tensor, box_offset: int) -> Tensor:
-    """Area, at least the smallest normal number: keeps the IoU of two empty boxes from being 0 / 0."""
-    area = box_area(boxes, box_offset=box_offset)
-    return area.clamp(min=torch.finfo(area.dtype).tiny)
+_CODES = {"box_iou": 0, "generalized_box_iou": 1, "distance_box_iou": 2, "complete_box_iou": 3}
+
+
+def _batched(boxes: Tensor, lead: torch.Size) -> tuple[Tensor, int]:
+    """``boxes`` [..., N, 4] as contiguous lists, and the boxes from one list of ``lead`` to the next, or 0."""
+    own = boxes.shape[:-2]
+    if own.numel() == 1:
+        return boxes.contiguous(), 0
+    if own != lead:
+        boxes = boxes.expand(*lead, *boxes.shape[-2:])
+    return boxes.contiguous(), boxes.shape[-2]
+
+
+def _pairwise(
+    name: str, boxes1: Tensor, boxes2: Tensor, box_offset: int, eps: float, run: Callable[..., None]
+) -> Tensor:
+    """Lay the inputs out as the kernels want them and ``run`` one, on ``boxes1`` and ``boxes2`` of one type."""
+    lead = torch.broadcast_shapes(boxes1.shape[:-2], boxes2.shape[:-2])
+    n, m = boxes1.shape[-2], boxes2.shape[-2]
+    out = boxes1.new_empty((*lead, n, m))
+    if out.numel() == 0:
+        return out
+    boxes1, stride1 = _batched(boxes1, lead)
+    boxes2, stride2 = _batched(boxes2, lead)
+    angles1 = angles2 = boxes1
+    if name == "complete_box_iou":
+        angles1, angles2 = (reference.diagonal_angle(boxes, box_offset) for boxes in (boxes1, boxes2))
+    run(_CODES[name], boxes1, boxes2, angles1, angles2, out.view(-1, n, m), (stride1, stride2), box_offset, eps)
+    return out
+
+
+def _run_cpp(
+    kind: int, boxes1: Tensor, boxes2: Tensor, angles1: Tensor, angles2: Tensor, out: Tensor, strides: tuple[int, int],
+    box_offset: int, eps: float,
+) -> None:  # fmt: skip
+    addresses = (tensor.data_ptr() for tensor in (boxes1, boxes2, angles1, angles2))
+    _library.extension().pairwise_iou(
+        kind, *addresses, *out.shape, *strides, box_offset, eps, out.dtype == torch.float64, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _run_triton(*arguments: Any) -> None:
+    from fastrcnn_kernels.triton import boxes as launcher
+
+    launcher.pairs(*arguments)
+
+
+def _pairwise_fake(boxes1: Tensor, boxes2: Tensor, *_: object) -> Tensor:
+    lead = torch.broadcast_shapes(boxes1.shape[:-2], boxes2.shape[:-2])
+    return boxes1.new_empty((*lead, boxes1.shape[-2], boxes2.shape[-2]))
+
+
+def _define_pairwise(name: str) -> Callable[..., Tensor]:
+    """Register one of the measures. Those of a distance take an ``eps``."""
+    arguments = "Tensor boxes1, Tensor boxes2, int box_offset" + (", float eps" if _CODES[name] > 1 else "")
+
+    def cpp(boxes1: Tensor, boxes2: Tensor, box_offset: int, eps: float = 0.0) -> Tensor:
+        return _pairwise(name, boxes1, boxes2, box_offset, eps, _run_cpp)
+
+    return _library.define(
+        f"{name}({arguments}) -> Tensor",
+        reference=getattr(reference, name),
+        fake=_pairwise_fake,
+        cpp=cpp,
+        triton=f"fastrcnn_kernels.boxes:_{name}_triton",
+    )
+
+
+def _box_iou_triton(boxes1: Tensor, boxes2: Tensor, box_offset: int) -> Tensor:
+    return _pairwise("box_iou", boxes1, boxes2, box_offset, 0.0, _run_triton)
+
+
+def _generalized_box_iou_triton(boxes1: Tensor, boxes2: Tensor, box_offset: int) -> Tensor:
+    return _pairwise("generalized_box_iou", boxes1, boxes2, box_offset, 0.0, _run_triton)
+
+
+def _distance_box_iou_triton(boxes1: Tensor, boxes2: Tensor, box_offset: int, eps: float) -> Tensor:
+    return _pairwise("distance_box_iou", boxes1, boxes2, box_offset, eps, _run_triton)
+
+
+def _complete_box_iou_triton(boxes1: Tensor, boxes2: Tensor, box_offset: int, eps: float) -> Tensor:
+    return _pairwise("complete_box_iou", boxes1, boxes2, box_offset, eps, _run_triton)
+
+
+_OPERATORS = {name: _define_pairwise(name) for name in _CODES}
+
+
+def _measure(name: str, boxes1: Tensor, boxes2: Tensor, *settings: Any) -> Tensor:
+    for boxes, argument in ((boxes1, "boxes1"), (boxes2, "boxes2")):
+        if boxes.dim() < 2 or boxes.shape[-1] != 4:
+            raise ValueError(f"{argument} must have the shape [..., N, 4], got {list(boxes.shape)}")
+    _check_offset(settings[0])
+    boxes1, boxes2 = _at_least_float32(boxes1), _at_least_float32(boxes2)
+    if boxes1.dtype != boxes2.dtype:
+        boxes1, boxes2 = boxes1.double(), boxes2.double()
+    # Gradients are autograd's of the specification: losses take pairs one by one, so a matrix of them is rare.
+    differentiable = torch.is_grad_enabled() and (boxes1.requires_grad or boxes2.requires_grad)
+    function = getattr(reference, name) if differentiable else _OPERATORS[name]
+    return function(boxes1, boxes2, *settings)
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor, *, box_offset: int = 0) -> Tensor:
     """Intersection over union of every pair, torchvision's signature plus leading batch dimensions.
 
+    Differentiable: where an input requires a gradient, the reference runs, in PyTorch's operators.
+
     Args:
-        boxes1: [..., N, 4].
+        boxes1: [..., N, 4], (x1, y1, x2, y2) in pixels.
         boxes2: [..., M, 4]; leading dimensions broadcast against those of ``boxes1``.
         box_offset: 0, or 1 for inclusive pixels.
 
     Returns:
-        [..., N, M] in [0, 1], float32 (float64 for float64 boxes). Empty or inverted boxes have IoU 0 with
-        everything, also with each other (torchvision: NaN). A box with a NaN gives NaN in its own row or column.
+        [..., N, M] in [0, 1], float32 (float64 for float64 boxes), the same bits from every back-end. Empty or
+        inverted boxes have IoU 0 with everything, also with each other (torchvision: NaN). A box with a NaN gives NaN
+        in its own row or column.
+
+    Raises:
+        ValueError: for other shapes or another ``box_offset``.
     """
-    _check_boxes(boxes1, "boxes1")
-    _check_boxes(boxes2, "boxes2")
-    boxes1, boxes2 = _at_least_float32(boxes1), _at_least_float32(boxes2)
-    area1 = _positive_area(boxes1, box_offset).unsqueeze(-1)  # [..., N, 1]
-    area2 = _positive_area(boxes2, box_offset).unsqueeze(-2)  # [..., 1, M]
-    left1, top1, right1, bottom1 = boxes1.unsqueeze(-2).unbind(-1)  # [..., N, 1] each
-    left2, top2, right2, bottom2 = boxes2.unsqueeze(-3).unbind(-1)  # [..., 1, M] each
-    width = (torch.minimum(right1, right2) - torch.maximum(left1, left2) + box_offset).clamp(min=0)  # [..., N, M]
-    height = (torch.minimum(bottom1, bottom2) - torch.maximum(top1, top2) + box_offset).clamp(min=0)  # [..., N, M]
-    intersection = width * height  # [..., N, M]
-    return intersection / (area1 + area2 - intersection)  # [..., N, M]
+    return _measure("box_iou", boxes1, boxes2, box_offset)
+
+
+def generalized_box_iou(boxes1: Tensor, boxes2: Tensor, *, box_offset: int = 0) -> Tensor:
+    """GIoU of every pair (Rezatofighi et al., 2019): IoU minus the share of the hull that neither box covers.
+
+    Args:
+        boxes1, boxes2, box_offset: as in :func:`box_iou`; differentiable like it.
+
+    Returns:
+        [..., N, M] in [-1, 1], torchvision's numbers; two empty boxes at one place have 0 (torchvision: NaN).
+
+    Raises:
+        ValueError: as in :func:`box_iou`.
+    """
+    return _measure("generalized_box_iou", boxes1, boxes2, box_offset)
+
+
+def distance_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7, *, box_offset: int = 0) -> Tensor:
+    """DIoU of every pair (Zheng et al., 2020): IoU minus squared distance of the centres over the hull's diagonal's.
+
+    Args:
+        boxes1, boxes2, box_offset: as in :func:`box_iou`; differentiable like it.
+        eps: added to the squared diagonal of the hull, in square pixels.
+
+    Returns:
+        [..., N, M] in [-1, 1], torchvision's numbers where it has any (boxes with an area).
+
+    Raises:
+        ValueError: as in :func:`box_iou`.
+    """
+    return _measure("distance_box_iou", boxes1, boxes2, box_offset, eps)
+
+
+def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7, *, box_offset: int = 0) -> Tensor:
+    """CIoU of every pair (Zheng et al., 2020): DIoU minus a term for different aspect ratios.
+
+    Args:
+        boxes1, boxes2, box_offset: as in :func:`box_iou`; differentiable like it, the weight of the term being a
+            constant of the gradient, as in torchvision.
+        eps: added to the squared diagonal of the hull and to the divisor of that weight.
+
+    Returns:
+        [..., N, M], torchvision's numbers where it has any. A box without a height has the ratio infinity, one
+        without both sides 0 (torchvision: NaN).
+
+    Raises:
+        ValueError: as in :func:`box_iou`.
+    """
+    return _measure("complete_box_iou", boxes1, boxes2, box_offset, eps)
 
 
 def clip_boxes_to_image(boxes: Tensor, size: tuple[int, int] | Tensor, *, box_offset: int = 0) -> Tensor:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrcnn_kernels.anchors import anchors_inside_image, grid_anchors
-from fastrcnn_kernels.boxes import _at_least_float32
+from fastrcnn_kernels.anchors import anchors_inside_image, grid_anchors_reference
 
 BELOW_LOW_THRESHOLD = -1
 BETWEEN_THRESHOLDS = -2
@@ -135,7 +134,7 @@ def write_anchors(
 ) -> Tensor:
     """The anchors of all levels, [A, 4]; half types are cast up before anything is computed."""
     grids = [
-        grid_anchors(_at_least_float32(cell), grid_sizes[2 * level], grid_sizes[2 * level + 1], strides[level])
+        grid_anchors_reference([cell], grid_sizes[2 * level : 2 * level + 2], strides[level : level + 1])
         for level, cell in enumerate(cells)
     ]
     return torch.cat(grids).to(dtype)

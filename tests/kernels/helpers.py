@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastrcnn_kernels import _library
 
@@ -244,7 +245,7 @@ class ForbidSync(TorchDispatchMode):
         if name.startswith(f"{_library.NAMESPACE}::"):
             # A mode is off while it handles a call: put it back, to see inside our own operators too.
             operator = _library._OPERATORS[name.split("::")[1]]
-            device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+            device = next(a.device.type for a in tree_leaves(args) if isinstance(a, torch.Tensor))
             with self:
                 return _library._resolve(operator, _library._choose(operator, device))(*args, **kwargs)
         full = f"{name}.{func._schema.overload_name}" if func._schema.overload_name else name

@@ -1,4 +1,4 @@
-"""Anchors against maskrcnn-benchmark's published tables and scalar loops."""
+"""Anchors against maskrcnn-benchmark's published tables and scalar loops; the grids on every back-end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastrcnn_kernels import anchors_inside_image, cell_anchors, grid_anchors
+from tests.kernels.helpers import ForbidSync, Place
 from tests.kernels.nosync import forbid_host_sync
 
 RATIOS = (0.5, 1.0, 2.0)
@@ -105,29 +106,66 @@ def test_cells_are_fresh() -> None:
     assert cell_anchors(4, [32], RATIOS).tolist() == FPN[4, 32]
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5), (5, 3), (0, 4), (4, 0)])
-def test_grid_anchors_order(height: int, width: int) -> None:
-    cell = cell_anchors(16, (32, 64), RATIOS)
-    expected = [
-        [a[0] + 16 * x, a[1] + 16 * y, a[2] + 16 * x, a[3] + 16 * y]
+def grid_loop(cell: torch.Tensor, height: int, width: int, stride: int) -> torch.Tensor:
+    rows = [
+        [a[0] + stride * x, a[1] + stride * y, a[2] + stride * x, a[3] + stride * y]
         for y in range(height)
         for x in range(width)
         for a in cell.tolist()
     ]
-    actual = grid_anchors(cell, height, width, 16)
+    return torch.tensor(rows, dtype=cell.dtype).reshape(-1, 4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5), (5, 3), (0, 4), (4, 0), (9, 13)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_grid_anchors_order(device: torch.device, height: int, width: int, dtype: torch.dtype) -> None:
+    cell = cell_anchors(16, (32, 64), RATIOS).to(dtype)
+    (actual,) = grid_anchors([cell.to(device)], [(height, width)], [16])
     assert actual.shape == (height * width * 6, 4)
-    assert actual.dtype == torch.float32
-    assert torch.equal(actual, torch.tensor(expected).reshape(-1, 4))
+    assert actual.dtype == dtype
+    assert torch.equal(actual.cpu(), grid_loop(cell, height, width, 16))
 
 
-def test_grid_of_the_walk_through() -> None:
+@pytest.mark.parametrize("levels", [1, 2, 5, 6, 7, 13])
+def test_grid_of_many_levels(device: torch.device, levels: int) -> None:
+    """Every level against the loop: odd sizes, cells of different length, a level without pixels or anchors, and more
+    levels than one launch takes."""
+    cells = [cell_anchors(4 + i, (16.0, 33.3)[: 1 + i % 2], RATIOS[: 1 + i % 3]) for i in range(levels)]
+    sizes = [(7 + 3 * i, 11 - i % 5) for i in range(levels)]
+    if levels > 5:
+        sizes[2], cells[4] = (0, 9), torch.empty(0, 4)
+    strides = [4 + i for i in range(levels)]
+    grids = grid_anchors([cell.to(device) for cell in cells], sizes, strides)
+    assert len(grids) == levels
+    for grid, cell, (height, width), stride in zip(grids, cells, sizes, strides, strict=True):
+        assert torch.equal(grid.cpu(), grid_loop(cell, height, width, stride))
+        assert grid.untyped_storage().data_ptr() == grids[0].untyped_storage().data_ptr(), "views of one buffer"
+
+
+def test_grid_of_strided_and_half_cells(device: torch.device) -> None:
+    cell = cell_anchors(16, (32, 64), RATIOS)
+    strided = cell.T.contiguous().T.to(device)
+    assert not strided.is_contiguous()
+    half = cell.to(torch.bfloat16).to(device)
+    grids = grid_anchors([strided, half], [(3, 5), (2, 2)], [16, 32])
+    assert torch.equal(grids[0].cpu(), grid_loop(cell, 3, 5, 16))
+    assert grids[1].dtype == torch.float32
+    assert torch.equal(grids[1].cpu(), grid_loop(cell.to(torch.bfloat16).float(), 2, 2, 32))
+
+
+def test_grid_of_the_walk_through(place: Place) -> None:
     """Two images padded to 800 x 1344: 201600 + 50400 + 12600 + 3150 + 819 anchors."""
+    if place == Place("triton", "cpu"):
+        pytest.skip("a thousand programs in the interpreter")
+    device = torch.device(place.device)
     maps = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]
-    counts = [
-        len(grid_anchors(cell_anchors(stride, [size], RATIOS), h, w, stride))
-        for (stride, size), (h, w) in zip(FPN, maps, strict=True)
-    ]
-    assert counts == [201600, 50400, 12600, 3150, 819]
+    cells = [cell_anchors(stride, [size], RATIOS).to(device) for stride, size in FPN]
+    grids = grid_anchors(cells, maps, [stride for stride, _ in FPN])
+    assert [len(grid) for grid in grids] == [201600, 50400, 12600, 3150, 819]
+    for grid, cell, (height, width), (stride, _) in zip(grids, cells, maps, FPN, strict=True):
+        last = cell + torch.tensor([width - 1, height - 1] * 2, device=device) * stride
+        assert torch.equal(grid[-3:], last)
+        assert torch.equal(grid[:3], cell)
 
 
 def inside_loop(anchors: torch.Tensor, sizes: torch.Tensor, t: float) -> torch.Tensor:
@@ -140,7 +178,7 @@ def inside_loop(anchors: torch.Tensor, sizes: torch.Tensor, t: float) -> torch.T
 
 @pytest.mark.parametrize("threshold", [0, 5, 16.5, -1])
 def test_anchors_inside_image(threshold: float) -> None:
-    anchors = grid_anchors(cell_anchors(8, [16, 32], RATIOS), 9, 12, 8)
+    (anchors,) = grid_anchors([cell_anchors(8, [16, 32], RATIOS)], [(9, 12)], [8])
     sizes = torch.tensor([[72, 96], [50, 90], [8, 8]])
     actual = anchors_inside_image(anchors, sizes, threshold)
     assert actual.dtype == torch.bool
@@ -161,32 +199,47 @@ def test_inside_boundary_is_strict_on_the_far_side() -> None:
     ]
 
 
-def test_empty() -> None:
+def test_empty(device: torch.device) -> None:
     cell = cell_anchors(4, [], RATIOS)
     assert cell.shape == (0, 4)
-    assert grid_anchors(cell, 3, 4, 4).shape == (0, 4)
+    assert [grid.shape for grid in grid_anchors([cell.to(device)] * 2, [(3, 4), (0, 0)], [4, 8])] == [(0, 4)] * 2
     sizes = torch.empty(0, 2, dtype=torch.int64)
     for threshold in (0, -1):
         assert anchors_inside_image(torch.zeros(5, 4), sizes, threshold).shape == (0, 5)
         assert anchors_inside_image(torch.zeros(0, 4), torch.ones(2, 2, dtype=torch.int64), threshold).shape == (2, 0)
 
 
-def test_no_host_sync() -> None:
-    cell, sizes = cell_anchors(4, [32], RATIOS), torch.tensor([[40, 60]])
+def test_no_host_sync(device: torch.device) -> None:
+    cell, sizes = cell_anchors(4, [32], RATIOS).to(device), torch.tensor([[40, 60]], device=device)
+    with ForbidSync():
+        grid_anchors([cell, cell], [(10, 15), (5, 8)], [4, 8])
     with forbid_host_sync(allow_constants=False):
-        anchors = grid_anchors(cell, 10, 15, 4)
-        anchors_inside_image(anchors, sizes, 0)
-        anchors_inside_image(anchors, sizes, -1)
+        anchors_inside_image(cell, sizes, 0)
+        anchors_inside_image(cell, sizes, -1)
 
 
-@pytest.mark.slow
-def test_compile_fullgraph() -> None:
+def test_opcheck(device: torch.device) -> None:
+    cells = [cell_anchors(4, [32], RATIOS).to(device), cell_anchors(8, [64], RATIOS).to(device)]
+    torch.library.opcheck(torch.ops.fastrcnn_kernels.grid_anchors.default, (cells, [3, 4, 2, 2], [4, 8]))
+
+
+def test_compile_fullgraph(device: torch.device) -> None:
     def both(cell: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        anchors = grid_anchors(cell, 10, 15, 4)
+        anchors = torch.cat(grid_anchors([cell, cell * 2], [(10, 15), (5, 8)], [4, 8]))
         return anchors, anchors_inside_image(anchors, sizes, 0)
 
-    cell, sizes = cell_anchors(4, [32], RATIOS), torch.tensor([[40, 60], [30, 30]])
-    for actual, expected in zip(torch.compile(both, fullgraph=True)(cell, sizes), both(cell, sizes), strict=True):
+    cell, sizes = cell_anchors(4, [32], RATIOS).to(device), torch.tensor([[40, 60], [30, 30]], device=device)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(cell, sizes), both(cell, sizes), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_equals_torchvision() -> None:
+    utils = pytest.importorskip("torchvision.models.detection.anchor_utils")
+    generator = utils.AnchorGenerator(((32,), (64, 100)), (RATIOS, RATIOS))
+    theirs = generator.grid_anchors([(9, 13), (5, 7)], [[torch.tensor(8), torch.tensor(8)], [torch.tensor(16)] * 2])
+    ours = grid_anchors(generator.cell_anchors, [(9, 13), (5, 7)], [8, 16])
+    for actual, expected in zip(ours, theirs, strict=True):
         assert torch.equal(actual, expected)
 
 
@@ -196,7 +249,13 @@ def test_compile_fullgraph() -> None:
         (lambda: cell_anchors(4, [32], RATIOS, style="caffe"), "unknown anchor style 'caffe': choose one of"),
         (lambda: cell_anchors(0, [32], RATIOS), "must be positive, got 0"),
         (lambda: cell_anchors(4, [32], [-1.0]), r"must be positive, got 4, \[32\], \[-1.0\]"),
-        (lambda: grid_anchors(torch.zeros(4), 1, 1, 4), r"cell must have the shape \[A, 4\], got \[4\]"),
+        (lambda: grid_anchors([torch.zeros(4)], [(1, 1)], [4]), r"cells must have the shape \[A, 4\], got \[4\]"),
+        (lambda: grid_anchors([torch.zeros(1, 4)], [(1, 1)], [4, 8]), "one entry a level, got 1, 1 and 2"),
+        (lambda: grid_anchors([], [], []), "one entry a level, got 0, 0 and 0"),
+        (
+            lambda: grid_anchors([torch.zeros(1, 4), torch.zeros(1, 4, device="meta")], [(1, 1)] * 2, [4, 8]),
+            "on one device, got cpu and meta",
+        ),
         (lambda: anchors_inside_image(torch.zeros(1, 4), torch.ones(2), 0), r"image_sizes must .* got \[2\]"),
     ],
 )
@@ -220,6 +279,6 @@ def test_the_tables_reject_another_rounding(rounding: Callable[[float], float]) 
 
 def test_the_loop_rejects_other_orders() -> None:
     cell = cell_anchors(16, (32, 64), RATIOS)
-    right = grid_anchors(cell, 3, 5, 16).view(3, 5, 6, 4)
+    right = grid_anchors([cell], [(3, 5)], [16])[0].view(3, 5, 6, 4)
     for wrong in ((1, 0, 2, 3), (2, 0, 1, 3)):
         assert not torch.equal(right.permute(wrong).reshape(-1, 4), right.view(-1, 4))

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastrcnn_kernels import anchors_inside_image, cell_anchors, grid_anchors, match_anchors
+from fastrcnn_kernels import anchors_inside_image, cell_anchors, match_anchors
+from fastrcnn_kernels.anchors import grid_anchors_reference
 from fastrcnn_kernels.matcher_reference import match_boxes_reference
 from tests.kernels.helpers import ForbidSync
 from tests.kernels.nosync import forbid_host_sync
@@ -43,8 +44,8 @@ def written_out(
     **arguments: Any,
 ) -> torch.Tensor:
     """The anchors in memory, matched by the reference on the CPU, then the filter."""
-    grids = [grid_anchors(c.cpu(), *size, s) for c, size, s in zip(cells, grid_sizes, strides, strict=True)]
-    anchors = torch.cat(grids)
+    flat = [side for size in grid_sizes for side in size]
+    anchors = grid_anchors_reference([cell.cpu() for cell in cells], flat, strides)
     matched = match_boxes_reference(gt_boxes.cpu(), gt_count.cpu(), anchors, **arguments)
     return torch.where(anchors_inside_image(anchors, image_sizes.cpu(), straddle_thresh), matched, -2)
 

@@ -294,7 +294,7 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 cells = [cell_anchors(s, [8 * s], [0.5, 1.0, 2.0]) for s in (4, 8, 16, 32, 64)]
 grids = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]
-anchors = torch.cat([grid_anchors(c, *g, 4 << i) for i, (c, g) in enumerate(zip(cells, grids))])
+anchors = torch.cat(grid_anchors(cells, grids, [4 << i for i in range(len(cells))]))
 random = torch.Generator().manual_seed(0)
 corner = torch.rand(1, 5000, 2, generator=random) * torch.tensor([1200.0, 700.0])
 gts = torch.cat([corner, corner + 5 + 30 * torch.rand(1, 5000, 2, generator=random)], 2)
@@ -329,7 +329,7 @@ def test_memory_of_the_kernel_is_bounded() -> None:
 
 def test_anchors_of_an_image_that_fits_no_ground_truth(match: Match) -> None:
     """A ground truth smaller than every anchor still gets its best anchors: the reason for low-quality matches."""
-    anchors = grid_anchors(cell_anchors(16, [128], [0.5, 1.0, 2.0]), 20, 30, 16)
+    anchors = grid_anchors([cell_anchors(16, [128], [0.5, 1.0, 2.0])], [(20, 30)], [16])[0]
     gts = torch.tensor([[[100.0, 100.0, 109.0, 109.0]]])
     matched = match(gts, torch.tensor([1]), anchors, **RPN)[0]
     quality = box_iou(gts[0], anchors, box_offset=1)[0]
