@@ -10,7 +10,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from fastrcnn_kernels import paste_masks
+from fastrcnn_kernels import paste_masks_rle
 
 
 def masks_to_rle(
@@ -18,8 +18,8 @@ def masks_to_rle(
 ) -> list[dict[str, Any]]:
     """Paste mask probabilities into the image and encode each as COCO RLE.
 
-    maskrcnn-benchmark's ``Masker(threshold=0.5, padding=1)`` followed by pycocotools' ``encode``. One mask is pasted
-    at a time, so that memory is one image's bitmap however many detections there are.
+    maskrcnn-benchmark's ``Masker(threshold=0.5, padding=1)`` followed by pycocotools' ``encode``. No image is made, so
+    that memory is the result's, however many detections there are.
 
     Args:
         mask_probs: float [n, 1, M, M] or [n, M, M] in [0, 1], in the frame of the box.
@@ -32,12 +32,8 @@ def masks_to_rle(
         ``[{"size": [height, width], "counts": str}]``, ready for json.
     """
     mask_probs = mask_probs.detach().reshape(len(boxes), *mask_probs.shape[-2:])
-    encoded = []
-    for i in range(len(boxes)):
-        one = slice(i, i + 1)
-        pasted = paste_masks(mask_probs[one], boxes[one].detach(), image_size, threshold=threshold, padding=padding)
-        encoded.append(encode_mask(pasted[0]))
-    return encoded
+    encoded = paste_masks_rle(mask_probs, boxes.detach(), image_size, threshold=threshold, padding=padding)
+    return [{"size": rle["size"], "counts": rle["counts"].decode("ascii")} for rle in encoded]
 
 
 def encode_mask(mask: Tensor | np.ndarray) -> dict[str, Any]:

@@ -8,7 +8,9 @@ void bind_mask_loss(py::module_& m);
 void bind_matcher(py::module_& m);
 void bind_nms(py::module_& m);
 void bind_paste(py::module_& m);
+void bind_paste_rle(py::module_& m);
 void bind_rasterize(py::module_& m);
+void bind_rasterize_bitmaps(py::module_& m);
 void bind_roi_align(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
@@ -20,6 +22,8 @@ PYBIND11_MODULE(_C, m) {
   bind_matcher(m);
   bind_nms(m);
   bind_paste(m);
+  bind_paste_rle(m);
   bind_rasterize(m);
+  bind_rasterize_bitmaps(m);
   bind_roi_align(m);
 }

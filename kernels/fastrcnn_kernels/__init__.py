@@ -18,9 +18,11 @@ from fastrcnn_kernels.mask_loss import mask_class_logits, mask_loss
 from fastrcnn_kernels.matcher import match_anchors, match_boxes
 from fastrcnn_kernels.nms import batched_nms, nms, nms_padded
 from fastrcnn_kernels.paste import paste_masks
+from fastrcnn_kernels.paste_rle import paste_masks_rle
 from fastrcnn_kernels.patch import patch
 from fastrcnn_kernels.preprocess import preprocess_images, resize_image
 from fastrcnn_kernels.rasterize import rasterize_polygons
+from fastrcnn_kernels.rasterize_bitmaps import rasterize_bitmaps
 from fastrcnn_kernels.roi_align import MultiScaleRoIAlign, RoIAlign, assign_levels, multiscale_roi_align, roi_align
 from fastrcnn_kernels.sampler import image_seeds, sample_balanced
 
@@ -53,8 +55,10 @@ __all__ = [
     "nms",
     "nms_padded",
     "paste_masks",
+    "paste_masks_rle",
     "patch",
     "preprocess_images",
+    "rasterize_bitmaps",
     "rasterize_polygons",
     "remove_small_boxes",
     "resize_image",
