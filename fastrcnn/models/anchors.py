@@ -46,10 +46,15 @@ class AnchorGenerator(nn.Module):
     def num_anchors_per_cell(self) -> int:
         return len(self.cell_anchors.get_buffer("0"))
 
+    @property
+    def cells(self) -> list[Tensor]:
+        """float [A, 4] for each level: the anchors of the pixel (0, 0)."""
+        return [self.cell_anchors.get_buffer(str(level)) for level in range(len(self.strides))]
+
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """float [H_l * W_l * A, 4] for each level, in the order y, x, anchor."""
         shapes = [(int(f.shape[-2]), int(f.shape[-1])) for f in features]
-        cells = [self.cell_anchors.get_buffer(str(level)) for level in range(len(self.strides))]
+        cells = self.cells
         key = (*shapes, cells[0].device, cells[0].dtype)
         if key not in self._grids:
             if len(self._grids) >= 32:  # a few shape buckets recur; a run over odd sizes must not fill the memory
@@ -76,7 +81,7 @@ class AnchorGenerator(nn.Module):
         return kernels.match_anchors(
             targets.boxes,
             targets.count,
-            [self.cell_anchors.get_buffer(str(level)) for level in range(len(self.strides))],
+            self.cells,
             grid_sizes,
             self.strides,
             image_sizes,

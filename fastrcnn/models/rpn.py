@@ -96,18 +96,18 @@ class RPN(nn.Module):
             with_proposals: False for a model that trains nothing but the RPN.
         """
         objectness, deltas = self.head(features)
-        objectness = [_flatten(level, 1).squeeze(-1) for level in objectness]  # each [N, A_l]
-        deltas = [_flatten(level, 4) for level in deltas]  # each [N, A_l, 4]
-        anchors = self.anchor_generator(features)
         proposals = None
         if with_proposals:
             with torch.no_grad():
-                proposals = self.propose(images, anchors, objectness, deltas, targets)
+                proposals = self.propose(images, objectness, deltas, targets)
         losses = {}
         if targets is not None:
             if seeds is None:
                 raise ValueError("RPN: training needs seeds")
+            objectness = [_flatten(level, 1).squeeze(-1) for level in objectness]  # each [N, A_l]
+            deltas = [_flatten(level, 4) for level in deltas]  # each [N, A_l, 4]
             grid_sizes = [(f.shape[-2], f.shape[-1]) for f in features]
+            anchors = self.anchor_generator(features)
             losses = self.losses(images, anchors, grid_sizes, objectness, deltas, targets, seeds)
         return proposals, losses
 
@@ -160,79 +160,31 @@ class RPN(nn.Module):
     def propose(
         self,
         images: ImageList,
-        anchors: Sequence[Tensor],
         objectness: Sequence[Tensor],
         deltas: Sequence[Tensor],
         targets: Targets | None = None,
     ) -> Proposals:
         """The best boxes after NMS in each level; in training the ground truth is appended with score 1."""
         which = 0 if self.training else 1
-        boxes, scores = self._candidates(images, anchors, objectness, deltas, self.pre_nms_top_n[which])
-        num_images, num_levels, num_candidates = scores.shape
-        max_output = min(self.post_nms_top_n[which], num_candidates)
-        keep, _ = kernels.nms_padded(
-            boxes.flatten(0, 1),
-            scores.flatten(0, 1),
+        boxes, scores, count = kernels.generate_proposals(
+            objectness,
+            deltas,
+            self.anchor_generator.cells,
+            self.anchor_generator.strides,
+            images.sizes,
+            pre_nms_top_n=self.pre_nms_top_n[which],
+            post_nms_top_n=self.post_nms_top_n[which],
+            # maskrcnn-benchmark chooses over levels only where there are several
+            top_n=self.fpn_post_nms_top_n[which] if len(objectness) > 1 else None,
+            per_batch=self.training and self.per_batch,
             # a threshold of 0 or less switches NMS off, as in maskrcnn-benchmark; no IoU exceeds 2
-            self.nms_thresh if self.nms_thresh > 0 else 2.0,
-            max_output,
+            iou_threshold=self.nms_thresh if self.nms_thresh > 0 else 2.0,
+            min_size=self.min_size,
             box_offset=self.convention.box_offset,
-        )  # [N * L, max_output]
-        keep = keep.view(num_images, num_levels, max_output)
-        index = keep.clamp(min=0)
-        boxes = boxes.gather(2, index[..., None].expand(-1, -1, -1, 4)).flatten(1, 2)  # [N, L * max_output, 4]
-        scores = torch.where(keep >= 0, scores.gather(2, index), -torch.inf).flatten(1, 2)  # [N, L * max_output]
-
-        top_n = self.fpn_post_nms_top_n[which]
-        if num_levels == 1:
-            chosen = scores > -torch.inf
-        elif self.training and self.per_batch:
-            chosen = _top(scores.flatten(), top_n).view_as(scores)
-        else:
-            # detections are made from proposals in order of objectness
-            scores, order = scores.sort(dim=1, descending=True, stable=True)
-            boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
-            scores, boxes = scores[:, :top_n], boxes[:, :top_n]
-            chosen = scores > -torch.inf
-        capacity = min(chosen.shape[1], top_n if num_levels > 1 else chosen.shape[1])
-        if self.training and targets is not None:
-            boxes = torch.cat([boxes, targets.boxes.to(boxes.dtype)], dim=1)
-            scores = torch.cat([scores, scores.new_ones(targets.labels.shape)], dim=1)
-            chosen = torch.cat([chosen, targets.valid], dim=1)
-            capacity += targets.labels.shape[1]
-        return _compact(boxes, scores, chosen, capacity)
-
-    def _candidates(
-        self,
-        images: ImageList,
-        anchors: Sequence[Tensor],
-        objectness: Sequence[Tensor],
-        deltas: Sequence[Tensor],
-        pre_nms_top_n: int,
-    ) -> tuple[Tensor, Tensor]:
-        """The best ``pre_nms_top_n`` anchors of each level, decoded and clipped: boxes [N, L, K, 4], scores [N, L, K].
-
-        Levels with fewer anchors than K, and boxes that are too small, have the score -inf.
-        """
-        offset = self.convention.box_offset
-        capacity = min(pre_nms_top_n, max(level.shape[1] for level in objectness))
-        all_boxes, all_scores = [], []
-        for level_anchors, level_objectness, level_deltas in zip(anchors, objectness, deltas, strict=True):
-            probabilities = at_least_float32(level_objectness).sigmoid()
-            scores, index = probabilities.topk(min(capacity, probabilities.shape[1]), dim=1, sorted=True)  # [N, k]
-            boxes = kernels.decode_boxes(
-                at_least_float32(level_deltas.gather(1, index[..., None].expand(-1, -1, 4))),
-                level_anchors[index],
-                box_offset=offset,
-                clip=self.convention.delta_clip,
-            )
-            boxes = kernels.clip_boxes_to_image(boxes, images.sizes, box_offset=offset)
-            large = kernels.is_large_enough(boxes, self.min_size, box_offset=offset)
-            scores = torch.where(large, scores, -torch.inf)
-            missing = capacity - scores.shape[1]
-            all_boxes.append(F.pad(boxes, (0, 0, 0, missing)))
-            all_scores.append(F.pad(scores, (0, missing), value=-torch.inf))
-        return torch.stack(all_boxes, dim=1), torch.stack(all_scores, dim=1)
+            clip=self.convention.delta_clip,
+        )
+        proposals = Proposals(boxes=boxes, scores=scores, count=count)
+        return _append(proposals, targets) if self.training and targets is not None else proposals
 
 
 def _flatten(level: Tensor, values: int) -> Tensor:
@@ -242,19 +194,20 @@ def _flatten(level: Tensor, values: int) -> Tensor:
     return level.permute(0, 3, 4, 1, 2).reshape(n, -1, values)
 
 
-def _top(scores: Tensor, count: int) -> Tensor:
-    """bool [M]: the ``count`` best of ``scores`` [M] that are not -inf."""
-    best, index = scores.topk(min(count, len(scores)))
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(0, index, best > -torch.inf)
-
-
-def _compact(boxes: Tensor, scores: Tensor, chosen: Tensor, capacity: int) -> Proposals:
-    """The chosen rows of each image in their order, moved to the front and padded to ``capacity``."""
-    order = chosen.logical_not().to(torch.int8).sort(dim=1, stable=True).indices[:, :capacity]
-    count = chosen.sum(dim=1)
-    valid = torch.arange(order.shape[1], device=order.device) < count[:, None]
+def _append(proposals: Proposals, targets: Targets) -> Proposals:
+    """The ground truth, with score 1, behind the proposals of each image."""
+    room, added = proposals.boxes.shape[1], targets.boxes.shape[1]
+    count = proposals.count[:, None]  # [N, 1]
+    slot = torch.arange(room + added, device=count.device)  # [P + G]
+    last = count + targets.count[:, None]  # [N, 1]
+    # Behind the ground truth comes what is left of the proposals' padding, and then that of the ground truth.
+    behind = torch.where(slot - targets.count[:, None] < room, slot - targets.count[:, None], slot)  # [N, P + G]
+    source = torch.where(slot < count, slot, torch.where(slot < last, slot - count + room, behind))  # [N, P + G]
+    ones = torch.where(targets.valid, proposals.scores.new_ones(()), -torch.inf)  # [N, G]
+    boxes = torch.cat([proposals.boxes, targets.boxes.to(proposals.boxes.dtype)], dim=1)
+    scores = torch.cat([proposals.scores, ones], dim=1)
     return Proposals(
-        boxes=torch.where(valid[..., None], boxes.gather(1, order[..., None].expand(-1, -1, 4)), 0),
-        scores=torch.where(valid, scores.gather(1, order), -torch.inf),
-        count=count,
+        boxes=boxes.gather(1, source[..., None].expand(-1, -1, 4)),
+        scores=scores.gather(1, source),
+        count=proposals.count + targets.count,
     )

@@ -11,6 +11,7 @@ void bind_paste(py::module_& m);
 void bind_paste_rle(py::module_& m);
 void bind_rasterize(py::module_& m);
 void bind_rasterize_bitmaps(py::module_& m);
+void bind_proposals(py::module_& m);
 void bind_roi_align(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
@@ -25,5 +26,6 @@ PYBIND11_MODULE(_C, m) {
   bind_paste_rle(m);
   bind_rasterize(m);
   bind_rasterize_bitmaps(m);
+  bind_proposals(m);
   bind_roi_align(m);
 }

@@ -21,6 +21,7 @@ from fastrcnn_kernels.paste import paste_masks
 from fastrcnn_kernels.paste_rle import paste_masks_rle
 from fastrcnn_kernels.patch import patch
 from fastrcnn_kernels.preprocess import preprocess_images, resize_image
+from fastrcnn_kernels.proposals import generate_proposals
 from fastrcnn_kernels.rasterize import rasterize_polygons
 from fastrcnn_kernels.rasterize_bitmaps import rasterize_bitmaps
 from fastrcnn_kernels.roi_align import MultiScaleRoIAlign, RoIAlign, assign_levels, multiscale_roi_align, roi_align
@@ -43,6 +44,7 @@ __all__ = [
     "distance_box_iou",
     "encode_boxes",
     "generalized_box_iou",
+    "generate_proposals",
     "get_backend",
     "grid_anchors",
     "image_seeds",

@@ -96,10 +96,13 @@ def losses(model: GeneralizedRCNN, images: ImageList, targets: list[BoxList]) ->
         # proposals
         boxes, scores = [], []
         for level_anchors, level_logits, level_offsets in zip(anchors, logits, offsets, strict=True):
-            score, index = level_logits.detach().sigmoid().topk(min(network.pre_nms_top_n[0], len(level_logits)))
+            # by logit, ties by lower index: the sigmoids of large logits are all 1
+            score, index = level_logits.detach().sort(descending=True, stable=True)
+            score, index = score[: network.pre_nms_top_n[0]], index[: network.pre_nms_top_n[0]]
             box = kernels.decode_boxes(level_offsets.detach()[index], level_anchors[index], box_offset=1)
             box = kernels.clip_boxes_to_image(box, (height, width), box_offset=1)
-            keep = kernels.nms(box, score, network.nms_thresh, box_offset=1)[: network.post_nms_top_n[0]]
+            in_order = -torch.arange(len(box), dtype=box.dtype)
+            keep = kernels.nms(box, in_order, network.nms_thresh, box_offset=1)[: network.post_nms_top_n[0]]
             boxes.append(box[keep])
             scores.append(score[keep])
         candidates.append((torch.cat(boxes), torch.cat(scores)))
@@ -113,7 +116,7 @@ def losses(model: GeneralizedRCNN, images: ImageList, targets: list[BoxList]) ->
 
     # the best proposals over the batch
     all_scores = torch.cat([scores for _, scores in candidates])
-    best = all_scores.topk(min(network.fpn_post_nms_top_n[0], len(all_scores))).indices
+    best = all_scores.sort(descending=True, stable=True).indices[: network.fpn_post_nms_top_n[0]]
     is_best = torch.zeros(len(all_scores), dtype=torch.bool)
     is_best[best] = True
     box, mask = model.roi_heads["box"], model.roi_heads["mask"]
