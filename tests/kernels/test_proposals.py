@@ -19,6 +19,7 @@ CASES: list[tuple[list[tuple[int, int]], dict[str, Any]]] = [
     ([(1, 1)], {"pre_nms_top_n": 1, "post_nms_top_n": 1}),
     ([(1, 1)], {"pre_nms_top_n": 9, "post_nms_top_n": 9, "box_offset": 1}),
     ([(5, 7)], {"pre_nms_top_n": 20, "post_nms_top_n": 5}),
+    ([(20, 24)], {"pre_nms_top_n": 50, "post_nms_top_n": 50}),
     ([(5, 7)], {"pre_nms_top_n": 200, "post_nms_top_n": 200, "iou_threshold": 0.3}),
     ([(7, 5)], {"pre_nms_top_n": 33, "post_nms_top_n": 33, "top_n": 10, "box_offset": 1}),
     ([(6, 9)], {"pre_nms_top_n": 65, "post_nms_top_n": 40, "top_n": 10, "per_batch": True}),
@@ -27,14 +28,13 @@ CASES: list[tuple[list[tuple[int, int]], dict[str, Any]]] = [
     ([(6, 9), (3, 5)], {"pre_nms_top_n": 30, "post_nms_top_n": 20, "top_n": 17, "per_batch": True}),
     ([(6, 9), (3, 5)], {"pre_nms_top_n": 64, "post_nms_top_n": 64, "top_n": 500, "per_batch": True}),
     ([(6, 9), (3, 5)], {"pre_nms_top_n": 64, "post_nms_top_n": 64, "top_n": 500}),
-    ([(9, 8), (5, 4), (3, 2)], {"pre_nms_top_n": 70, "post_nms_top_n": 50, "top_n": 60, "box_offset": 1}),
-    ([(9, 8), (5, 4), (3, 2)], {"pre_nms_top_n": 70, "post_nms_top_n": 50, "top_n": 61, "per_batch": True}),
-    ([(9, 8), (5, 4), (3, 2)], {"pre_nms_top_n": 50, "post_nms_top_n": 50, "min_size": 9.0, "top_n": 40}),
-    ([(9, 8), (5, 4), (3, 2)], {"pre_nms_top_n": 50, "post_nms_top_n": 50, "min_size": 1e4, "top_n": 40}),
+    ([(6, 5), (3, 4), (3, 2)], {"pre_nms_top_n": 60, "post_nms_top_n": 50, "top_n": 40, "box_offset": 1}),
+    ([(6, 5), (3, 4), (3, 2)], {"pre_nms_top_n": 60, "post_nms_top_n": 50, "top_n": 41, "per_batch": True}),
+    ([(9, 8)], {"pre_nms_top_n": 50, "post_nms_top_n": 50, "min_size": 9.0, "top_n": 40}),
+    ([(9, 8)], {"pre_nms_top_n": 50, "post_nms_top_n": 50, "min_size": 1e4, "top_n": 40}),
     ([(4, 4), (2, 2)], {"pre_nms_top_n": 40, "post_nms_top_n": 40, "weights": (10.0, 10.0, 5.0, 5.0), "top_n": 30}),
     ([(4, 4), (2, 2)], {"pre_nms_top_n": 40, "post_nms_top_n": 40, "clip": 0.1, "top_n": 30, "box_offset": 1}),
     ([(4, 4), (2, 2)], {"pre_nms_top_n": 40, "post_nms_top_n": 40, "iou_threshold": 2.0, "top_n": 30}),
-    ([(5, 5), (3, 3), (2, 2), (1, 1), (1, 1)], {"pre_nms_top_n": 30, "post_nms_top_n": 9, "top_n": 20}),
     ([(5, 5), (3, 3), (2, 2), (1, 1), (1, 1)], {"pre_nms_top_n": 30, "post_nms_top_n": 9, "top_n": 9,
       "per_batch": True}),
 ]  # fmt: skip
@@ -70,14 +70,13 @@ def label(case: int) -> str:
     return f"{len(sizes)}levels-" + "-".join(f"{k}={v}" for k, v in options.items() if not k.endswith("nms_top_n"))
 
 
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("case", range(len(CASES)), ids=label)
-def test_against_loops(place: Place, guarded: Guards, case: int, layout: str) -> None:
+def test_against_loops(place: Place, guarded: Guards, case: int) -> None:
     sizes, options = CASES[case]
     seed = 10 + case
     heads = on(make_heads(sizes, seed=seed), place.device)
     for name in ("objectness", "deltas"):
-        if layout == "channels_last":
+        if case % 2 == (name == "deltas"):  # every mix of NCHW and channels_last
             heads[name] = [level.contiguous(memory_format=torch.channels_last) for level in heads[name]]
         heads[name] = [guarded(level) for level in heads[name]]
     found = generate_proposals(**heads, **options)
@@ -88,8 +87,8 @@ def test_against_loops(place: Place, guarded: Guards, case: int, layout: str) ->
     assert tuple(found[1].shape) == (2, capacity)
 
 
-LEVELS = [(6, 7), (3, 4)]
-OPTIONS: dict[str, Any] = {"pre_nms_top_n": 40, "post_nms_top_n": 30, "top_n": 35, "box_offset": 1}
+LEVELS = [(4, 5), (2, 2)]
+OPTIONS: dict[str, Any] = {"pre_nms_top_n": 40, "post_nms_top_n": 30, "top_n": 25, "box_offset": 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -101,13 +100,12 @@ def test_dtypes(place: Place, dtype: torch.dtype, per_batch: bool) -> None:
     assert_proposals(found, loop_proposals(heads, **OPTIONS, per_batch=per_batch))
 
 
-@pytest.mark.parametrize("anchors", [1, 2, 4])
-@pytest.mark.parametrize("images", [1, 3])
-def test_other_counts(place: Place, anchors: int, images: int) -> None:
+@pytest.mark.parametrize(("images", "anchors"), [(1, 1), (1, 4), (3, 2)])
+def test_other_counts(place: Place, images: int, anchors: int) -> None:
     heads = make_heads(LEVELS, images, anchors, seed=5)
-    for per_batch in (False, True):
-        found = generate_proposals(**on(heads, place.device), **OPTIONS, per_batch=per_batch)
-        assert_proposals(found, loop_proposals(heads, **OPTIONS, per_batch=per_batch))
+    per_batch = anchors == 4
+    found = generate_proposals(**on(heads, place.device), **OPTIONS, per_batch=per_batch)
+    assert_proposals(found, loop_proposals(heads, **OPTIONS, per_batch=per_batch))
 
 
 def test_strided_inputs(place: Place) -> None:
@@ -123,11 +121,11 @@ def test_strided_inputs(place: Place) -> None:
 def test_no_images(place: Place) -> None:
     heads = on(make_heads(LEVELS, images=0), place.device)
     boxes, scores, count = generate_proposals(**heads, **OPTIONS)
-    assert (tuple(boxes.shape), tuple(scores.shape), tuple(count.shape)) == ((0, 35, 4), (0, 35), (0,))
+    assert (tuple(boxes.shape), tuple(scores.shape), tuple(count.shape)) == ((0, 25, 4), (0, 25), (0,))
 
 
 def test_empty_levels(place: Place) -> None:
-    heads = on(make_heads([(6, 7), (0, 4)], seed=3), place.device)
+    heads = on(make_heads([(4, 5), (0, 4)], seed=3), place.device)
     only = {**heads, **{name: heads[name][:1] for name in ("objectness", "deltas", "cells", "strides")}}
     for ours, alone in zip(generate_proposals(**heads, **OPTIONS), generate_proposals(**only, **OPTIONS), strict=True):
         rows = alone.shape[1] if alone.dim() > 1 else None
@@ -142,31 +140,30 @@ def test_special_values(place: Place) -> None:
     """NaN logits rank first, infinite ones where they belong; -inf is a logit like others; a NaN box is left out."""
     heads = make_heads(LEVELS, seed=7)
     heads["objectness"][0][0, 0, 1, 2] = math.nan
-    heads["objectness"][0][0, 2, 4, 4] = -math.nan
+    heads["objectness"][0][0, 2, 3, 4] = -math.nan
     heads["objectness"][0][1, 1, 1, :3] = math.inf
     heads["objectness"][1][:] = -math.inf
-    heads["objectness"][0][1, 2, :, 0] = torch.tensor([-0.0, 0.0, -0.0, 0.0, -0.0, 0.0])
+    heads["objectness"][0][1, 2, :, 0] = torch.tensor([-0.0, 0.0, -0.0, 0.0])
     heads["deltas"][0][1, :, 2, 2] = math.nan
     heads["deltas"][0][1, 1, 1, 0] = math.inf
     heads["deltas"][0][1, 2, 3, 3] = -math.inf
     heads["deltas"][1][0, 2, 0, 0] = 1e9
-    options = {**OPTIONS, "pre_nms_top_n": 126, "post_nms_top_n": 126, "top_n": 200}
+    options = {**OPTIONS, "pre_nms_top_n": 60, "post_nms_top_n": 60, "top_n": 200}
     for per_batch in (False, True):
         found = generate_proposals(**on(heads, place.device), **options, per_batch=per_batch)
         assert_proposals(found, loop_proposals(heads, **options, per_batch=per_batch))
 
 
-@pytest.mark.parametrize("value", [0.0, 30.0, 31.0, -200.0])
-def test_saturated_and_equal_logits(place: Place, value: float) -> None:
+@pytest.mark.parametrize(("value", "per_batch"), [(0.0, False), (30.0, True), (31.0, False), (-200.0, True)])
+def test_saturated_and_equal_logits(place: Place, value: float, per_batch: bool) -> None:
     """All logits equal: the lower anchors. Different logits of one sigmoid: the higher ones."""
     heads = make_heads(LEVELS, seed=9)
     random = torch.Generator().manual_seed(0)
     for level in heads["objectness"]:
         level[0] = value
         level[1] = value + torch.randint(0, 2, level[1].shape, generator=random) * 0.25
-    for per_batch in (False, True):
-        found = generate_proposals(**on(heads, place.device), **OPTIONS, per_batch=per_batch)
-        assert_proposals(found, loop_proposals(heads, **OPTIONS, per_batch=per_batch))
+    found = generate_proposals(**on(heads, place.device), **OPTIONS, per_batch=per_batch)
+    assert_proposals(found, loop_proposals(heads, **OPTIONS, per_batch=per_batch))
 
 
 def test_many_anchors_cpp() -> None:
@@ -241,7 +238,7 @@ def test_no_host_sync(place: Place) -> None:
 
 def test_opcheck(place: Place) -> None:
     heads = on(make_heads(LEVELS, seed=1), place.device)
-    for per_batch, top_n in ((False, 20), (True, 20), (False, 0)):
+    for per_batch, top_n in ((False, 20), (True, 20)):
         arguments = (*heads.values(), 20, 15, top_n, per_batch, 0.7, 0.0, [1.0] * 4, 1, 4.0)
         torch.library.opcheck(torch.ops.fastrcnn_kernels.generate_proposals.default, arguments)
 
