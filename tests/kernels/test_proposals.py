@@ -40,6 +40,9 @@ CASES: list[tuple[list[tuple[int, int]], dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+SEEDS = {13: 100}  # where the usual seed gives an IoU too near a threshold
+
+
 @cache
 def expected(case: int, seed: int) -> list[list[tuple[list[float], float]]]:
     sizes, options = CASES[case]
@@ -73,7 +76,7 @@ def label(case: int) -> str:
 @pytest.mark.parametrize("case", range(len(CASES)), ids=label)
 def test_against_loops(place: Place, guarded: Guards, case: int) -> None:
     sizes, options = CASES[case]
-    seed = 10 + case
+    seed = SEEDS.get(case, 10 + case)
     heads = on(make_heads(sizes, seed=seed), place.device)
     for name in ("objectness", "deltas"):
         if case % 2 == (name == "deltas"):  # every mix of NCHW and channels_last
