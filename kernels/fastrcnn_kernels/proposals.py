@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrcnn_kernels import _library
-from fastrcnn_kernels.anchors import grid_anchors
+from fastrcnn_kernels.anchors import grid_anchors_reference
 from fastrcnn_kernels.box_coder import BBOX_XFORM_CLIP, _check_weights, decode_boxes
 from fastrcnn_kernels.boxes import _check_offset, clip_boxes_to_image, is_large_enough
 from fastrcnn_kernels.nms import comparison_threshold, nms_padded_reference
@@ -60,7 +60,7 @@ def _candidates(
         order = flat.sort(dim=1, descending=True, stable=True).indices[:, :candidates]  # [N, k]
         by_anchor = offsets.reshape(n, a, 4, h, w).permute(0, 3, 4, 1, 2).reshape(n, h * w * a, 4)  # [N, A_l, 4]
         chosen = by_anchor.gather(1, order[..., None].expand(-1, -1, 4)).to(dtype)  # [N, k, 4]
-        anchors = grid_anchors(cell.to(dtype), h, w, stride)[order]  # [N, k, 4]
+        anchors = grid_anchors_reference([cell.to(dtype)], [h, w], [stride])[order]  # [N, k, 4]
         boxes = decode_boxes(chosen, anchors, weights, box_offset=box_offset, clip=clip)  # [N, k, 4]
         boxes = clip_boxes_to_image(boxes, image_sizes, box_offset=box_offset)  # [N, k, 4]
         missing = candidates - order.shape[1]
