@@ -152,11 +152,17 @@ def _compare(swap: Swap, original: Function, call: Function) -> str:
     return ""
 
 
-def _holders(function: Any) -> list[tuple[Any, str]]:
-    """Every module attribute that is this very function, in the peer and in whatever imported it."""
+def _holders(function: Any, peer: str) -> list[tuple[Any, str]]:
+    """Every module attribute that is this very function, in the peer and in whatever imported it.
+
+    Left alone are this package and, where the peer has the function from another package, that package.
+    """
+    own = __name__.split(".")[0]
+    home = (getattr(function, "__module__", "") or peer).split(".")[0]
+    left_alone = {own} if home == peer else {own, home}
     found = []
     for module in list(sys.modules.values()):
-        if not isinstance(module, types.ModuleType) or module.__name__.split(".")[0] == __name__.split(".")[0]:
+        if not isinstance(module, types.ModuleType) or module.__name__.split(".")[0] in left_alone:
             continue
         for name, value in list(vars(module).items()):
             if value is function:
@@ -191,7 +197,7 @@ class Patch:
             if not outcome.reason:
                 ready.append((outcome, owner, name, original, call))
         for outcome, owner, name, original, call in ready:
-            for holder, attribute in [(owner, name)] if isinstance(owner, type) else _holders(original):
+            for holder, attribute in [(owner, name)] if isinstance(owner, type) else _holders(original, peer):
                 self._undo.append((holder, attribute, original, call))
                 setattr(holder, attribute, call)
                 where = f"{holder.__module__}.{holder.__qualname__}" if isinstance(holder, type) else holder.__name__

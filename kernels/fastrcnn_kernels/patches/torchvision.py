@@ -22,8 +22,13 @@ def sample_boxes(count: int, device: str, side: float = 100.0) -> Tensor:
     return boxes
 
 
-def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, original: Function) -> Tensor:
-    return kernels.nms(boxes, scores, iou_threshold)
+def same_signature(name: str) -> Function:
+    """A replacement by our operator of this name, which takes the same arguments."""
+
+    def call(*args: Any, original: Function, **options: Any) -> Any:
+        return getattr(kernels, name)(*args, **options)
+
+    return call
 
 
 @on_each_device
@@ -54,19 +59,6 @@ def _pairwise(name: str) -> Function:
 @on_each_device
 def _check_pairwise(original: Function, ours: Function, device: str) -> None:
     close_with_gradient(original, ours, [sample_boxes(12, device), sample_boxes(9, device)])
-
-
-def _roi_align(
-    input: Tensor,
-    boxes: Any,
-    output_size: Any,
-    spatial_scale: float = 1.0,
-    sampling_ratio: int = -1,
-    aligned: bool = False,
-    *,
-    original: Function,
-) -> Tensor:
-    return kernels.roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned)
 
 
 @on_each_device
@@ -230,14 +222,99 @@ def _check_proposals(original: Function, ours: Function, device: str) -> None:
     close(ours(heads, proposals, gts, classes), original(heads, proposals, gts, classes))
 
 
+@on_each_device
+def _check_roi_pool(original: Function, ours: Function, device: str) -> None:
+    boxes = [sample_boxes(5, device), sample_boxes(3, device)]
+
+    def pooled(function: Function) -> Function:
+        return lambda feature: function(feature, boxes, (3, 2), 0.25)
+
+    close_with_gradient(pooled(original), pooled(ours), [torch.randn(2, 3, 25, 25, device=device)])
+
+
+@on_each_device
+def _check_deform_conv2d(original: Function, ours: Function, device: str) -> None:
+    def convolved(function: Function) -> Function:
+        return lambda x, offset, weight, bias, mask: function(x, offset, weight, bias, 2, 1, 1, mask)
+
+    shapes = (2, 4, 9, 8), (2, 36, 5, 4), (6, 2, 3, 3), (6,), (2, 18, 5, 4)
+    close_with_gradient(convolved(original), convolved(ours), [torch.randn(shape, device=device) for shape in shapes])
+
+
+@on_each_device
+def _check_focal_loss(original: Function, ours: Function, device: str) -> None:
+    targets = (torch.rand(7, 5, device=device) < 0.3).float()
+    for reduction in ("none", "mean"):
+
+        def loss(function: Function, reduction: str = reduction) -> Function:
+            return lambda inputs: function(inputs, targets, 0.25, 2, reduction)
+
+        close_with_gradient(loss(original), loss(ours), [torch.randn(7, 5, device=device) * 5])
+
+
+@on_each_device
+def check_box_loss(original: Function, ours: Function, device: str) -> None:
+    """IoU losses of pairs, with the gradients of both sides."""
+    close_with_gradient(original, ours, [sample_boxes(9, device), sample_boxes(9, device).flip(0)])
+
+
+def frozen_batch_norm(self: Any, x: Tensor, *, original: Function) -> Tensor:
+    """``forward`` of a FrozenBatchNorm2d; torchvision's and detectron2's have the same buffers."""
+    if x.dtype != self.weight.dtype:
+        return original(self, x)
+    return kernels.frozen_batch_norm(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
+
+
+def check_frozen_batch_norm(layer: Any, original: Function, ours: Function, device: str) -> None:
+    """Results and gradient of ``forward`` of a FrozenBatchNorm2d of 3 channels."""
+    layer = layer.to(device)
+    for buffer in layer.buffers():
+        buffer.copy_(torch.rand(buffer.shape) + 0.5)
+
+    def normalised(function: Function) -> Function:
+        return lambda x: function(layer, x)
+
+    close_with_gradient(normalised(original), normalised(ours), [torch.randn(2, 3, 5, 4, device=device)])
+
+
+@on_each_device
+def _check_frozen_batch_norm(original: Function, ours: Function, device: str) -> None:
+    from torchvision.ops import FrozenBatchNorm2d
+
+    check_frozen_batch_norm(FrozenBatchNorm2d(3), original, ours, device)
+
+
+def _heatmaps_to_keypoints(maps: Tensor, rois: Tensor, *, original: Function) -> Any:
+    found = kernels.keypoints_from_heatmaps(maps, rois)  # [K, J, 3]
+    return torch.cat([found[..., :2], torch.ones_like(found[..., :1])], dim=-1), found[..., 2]
+
+
+@on_each_device
+def _check_keypoints(original: Function, ours: Function, device: str) -> None:
+    maps, boxes = torch.randn(4, 3, 14, 14, device=device), sample_boxes(4, device)
+    close(ours(maps, boxes), original(maps, boxes), atol=1e-3)
+
+
 SWAPS = [
-    Swap("torchvision.ops.boxes:nms", _nms, _check_nms),
+    Swap("torchvision.ops.boxes:nms", same_signature("nms"), _check_nms),
     Swap("torchvision.ops.boxes:batched_nms", _batched_nms, _check_batched_nms),
     *[
         Swap(f"torchvision.ops.boxes:{name}", _pairwise(name), _check_pairwise)
         for name in ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou")
     ],
-    Swap("torchvision.ops.roi_align:roi_align", _roi_align, _check_roi_align),
+    Swap("torchvision.ops.roi_align:roi_align", same_signature("roi_align"), _check_roi_align),
+    Swap("torchvision.ops.roi_pool:roi_pool", same_signature("roi_pool"), _check_roi_pool),
+    Swap("torchvision.ops.deform_conv:deform_conv2d", same_signature("deform_conv2d"), _check_deform_conv2d),
+    Swap("torchvision.ops.focal_loss:sigmoid_focal_loss", same_signature("sigmoid_focal_loss"), _check_focal_loss),
+    *[
+        Swap(f"torchvision.ops.{module}:{name}", same_signature(name), check_box_loss)
+        for module, name in (
+            ("giou_loss", "generalized_box_iou_loss"),
+            ("diou_loss", "distance_box_iou_loss"),
+            ("ciou_loss", "complete_box_iou_loss"),
+        )
+    ],
+    Swap("torchvision.ops.misc:FrozenBatchNorm2d.forward", frozen_batch_norm, _check_frozen_batch_norm),
     Swap("torchvision.ops.poolers:_multiscale_roi_align", _multiscale, _check_multiscale),
     Swap("torchvision.models.detection._utils:BoxCoder.encode_single", _encode_single, _check_encode),
     Swap("torchvision.models.detection._utils:BoxCoder.decode_single", _decode_single, _check_decode),
@@ -251,6 +328,7 @@ SWAPS = [
         _assign_targets_to_proposals,
         _check_proposals,
     ),
+    Swap("torchvision.models.detection.roi_heads:heatmaps_to_keypoints", _heatmaps_to_keypoints, _check_keypoints),
 ]
 
 KEPT = {
@@ -258,6 +336,9 @@ KEPT = {
     "torchvision.ops.boxes:remove_small_boxes": "one elementwise pass: PyTorch's is as fast",
     "torchvision.models.detection._utils:BalancedPositiveNegativeSampler": (
         "ours draws from a counter, not from torch's generator: a seeded run would train on other samples"
+    ),
+    "torchvision.models.detection.roi_heads:paste_masks_in_image": (
+        "it returns probabilities as dense float images; fastrcnn_kernels.paste_masks returns the masks themselves"
     ),
     "torchvision.models.detection.roi_heads:maskrcnn_loss": (
         "it gets the logits of all classes, which is what our mask loss avoids; its targets are pooled by our roi_align"
