@@ -3,6 +3,10 @@
 // Every loop is over boxes as they lie in memory, (x1, y1, x2, y2) side by side; the compiler turns sixteen of them into
 // vectors. A row is one anchor with its k boxes; either input may have fewer rows than the call, and is then repeated
 // (broadcast over leading dimensions). Bound by the memory that is read and written.
+#if defined(__GNUC__) && !defined(__clang__)
+// Comparisons may be evaluated where the code would branch around them: without this, few loops become vectors.
+#pragma GCC optimize("no-trapping-math")
+#endif
 #include "box_coder.h"
 
 #include <pybind11/stl.h>
@@ -54,7 +58,7 @@ FASTRCNN_INLINE void store(T* out, const Corners<T>& box) {
 
 // One anchor a box.
 template <bool kPowers, typename T>
-FASTRCNN_INLINE void decode_each(const Coder<T>& c, const T* __restrict__ deltas, const T* __restrict__ anchors,
+FASTRCNN_INLINE void decode_each(const Coder<T> c, const T* __restrict__ deltas, const T* __restrict__ anchors,
                                  int64_t count, T* __restrict__ out) {
   for (int64_t i = 0; i < count; ++i) {
     const T* d = deltas + 4 * i;
@@ -64,7 +68,7 @@ FASTRCNN_INLINE void decode_each(const Coder<T>& c, const T* __restrict__ deltas
 
 // One anchor for all boxes.
 template <bool kPowers, typename T>
-FASTRCNN_INLINE void decode_row(const Coder<T>& c, const T* __restrict__ deltas, const Corners<T>& anchor,
+FASTRCNN_INLINE void decode_row(const Coder<T> c, const T* __restrict__ deltas, const Corners<T>& anchor,
                                 int64_t count, T* __restrict__ out) {
   for (int64_t i = 0; i < count; ++i) {
     const T* d = deltas + 4 * i;
@@ -103,7 +107,7 @@ void decode_rows(const Coder<double>& c, const double* deltas, const double* anc
 }
 
 template <typename T>
-FASTRCNN_INLINE void encode(const Coder<T>& c, const T* __restrict__ boxes, const T* __restrict__ anchors, int64_t rows,
+FASTRCNN_INLINE void encode(const Coder<T> c, const T* __restrict__ boxes, const T* __restrict__ anchors, int64_t rows,
                             T* __restrict__ out) {
   for (int64_t i = 0; i < rows; ++i) {
     store(out + 4 * i, encode_box(c, load_corners(boxes + 4 * i), load_corners(anchors + 4 * i)));
@@ -118,7 +122,7 @@ void encode_rows(const Coder<double>& c, const double* boxes, const double* anch
 }
 
 template <typename T>
-FASTRCNN_INLINE void propose(const Coder<T>& c, const T* __restrict__ deltas, const T* __restrict__ anchors,
+FASTRCNN_INLINE void propose(const Coder<T> c, const T* __restrict__ deltas, const T* __restrict__ anchors,
                              int64_t rows, T right, T bottom, T min_size, T* __restrict__ out,
                              uint8_t* __restrict__ valid) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -169,7 +173,7 @@ FASTRCNN_INLINE Corners<T> corner_gradient(T width, T height, T x, T y) {
 }
 
 template <typename T>
-FASTRCNN_INLINE void decode_backward(const Coder<T>& c, const T* __restrict__ grad, const T* __restrict__ deltas,
+FASTRCNN_INLINE void decode_backward(const Coder<T> c, const T* __restrict__ grad, const T* __restrict__ deltas,
                                      const T* __restrict__ anchors, int64_t rows, int64_t k,
                                      T* __restrict__ grad_deltas, T* __restrict__ grad_anchors) {
   for (int64_t row = 0; row < rows && grad_anchors != nullptr; ++row) {
@@ -210,8 +214,8 @@ void decode_backward_rows(const Coder<double>& c, const double* grad, const doub
   decode_backward(c, grad, deltas, anchors, rows, k, grad_deltas, grad_anchors);
 }
 
-template <typename T>
-FASTRCNN_INLINE void encode_backward(const Coder<T>& c, const T* __restrict__ grad, const T* __restrict__ boxes,
+template <bool kBoxes, bool kAnchors, typename T>
+FASTRCNN_INLINE void encode_backward(const Coder<T> c, const T* __restrict__ grad, const T* __restrict__ boxes,
                                      const T* __restrict__ anchors, int64_t rows, T* __restrict__ grad_boxes,
                                      T* __restrict__ grad_anchors) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -223,11 +227,22 @@ FASTRCNN_INLINE void encode_backward(const Coder<T>& c, const T* __restrict__ gr
     const T y = (box.y1 + T(0.5) * height) - (anchor.y1 + T(0.5) * anchor_height);
     const T grad_x = g.x1 * c.wx / anchor_width, grad_y = g.y1 * c.wy / anchor_height;
     const T log_x = g.x2 * c.ww, log_y = g.y2 * c.wh;
-    if (grad_boxes != nullptr) store(grad_boxes + 4 * i, corner_gradient(log_x / width, log_y / height, grad_x, grad_y));
-    if (grad_anchors != nullptr) {
+    if (kBoxes) store(grad_boxes + 4 * i, corner_gradient(log_x / width, log_y / height, grad_x, grad_y));
+    if (kAnchors) {
       store(grad_anchors + 4 * i, corner_gradient(-(grad_x * x + log_x) / anchor_width,
                                                   -(grad_y * y + log_y) / anchor_height, -grad_x, -grad_y));
     }
+  }
+}
+template <typename T>
+FASTRCNN_INLINE void encode_backward(const Coder<T>& c, const T* grad, const T* boxes, const T* anchors, int64_t rows,
+                                     T* grad_boxes, T* grad_anchors) {
+  if (grad_anchors == nullptr) {
+    encode_backward<true, false>(c, grad, boxes, anchors, rows, grad_boxes, grad_anchors);
+  } else if (grad_boxes == nullptr) {
+    encode_backward<false, true>(c, grad, boxes, anchors, rows, grad_boxes, grad_anchors);
+  } else {
+    encode_backward<true, true>(c, grad, boxes, anchors, rows, grad_boxes, grad_anchors);
   }
 }
 FASTRCNN_CLONES void encode_backward_rows(const Coder<float>& c, const float* grad, const float* boxes,

@@ -4,6 +4,10 @@
 // sixteen of the second. Lists shorter than a tile are computed in whole vectors: what a row writes beyond its end is
 // the beginning of the next row, which is written after it. Each operation is rounded as in
 // fastrcnn_kernels/boxes_reference.py, so every implementation gives the same bits. Bound by the output that is written.
+#if defined(__GNUC__) && !defined(__clang__)
+// Comparisons may be evaluated where the code would branch around them: without this, few loops become vectors.
+#pragma GCC optimize("no-trapping-math")
+#endif
 #include <algorithm>
 #include <limits>
 
@@ -69,6 +73,7 @@ template <int kKind, typename T>
 FASTRCNN_INLINE void row_of_pairs(const Box<T>& a, const Columns<T>& c, int64_t count, T offset, T eps,
                                   T* __restrict__ out) {
   constexpr T kSmallest = std::numeric_limits<T>::min();
+#pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
     const T width = larger(smaller(a.x2, c.x2[i]) - larger(a.x1, c.x1[i]) + offset, T(0));
     const T height = larger(smaller(a.y2, c.y2[i]) - larger(a.y1, c.y1[i]) + offset, T(0));
