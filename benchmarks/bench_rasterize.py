@@ -1,140 +1,121 @@
-"""Mask targets against the loop over pycocotools that maskrcnn-benchmark runs, pasting against torchvision.
+"""Mask targets: polygons against the loop over pycocotools, bitmaps against RoIAlign and the loop over interpolate.
 
-    pytest benchmarks/bench_rasterize.py
-
-Every provider is checked against the others, pixel for pixel, before it is timed.
+pytest benchmarks/bench_rasterize.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastrcnn_kernels import paste_masks, rasterize_polygons, set_backend
-from tests.kernels.polygon_cases import Polygon, packed, target_by_pycocotools
+from benchmarks.harness import OURS, SMALL, assert_equal, measure, provider_call, torchvision
+from benchmarks.mask_cases import HEIGHT, WIDTH, coco_instances, outline
+from fastrcnn_kernels import rasterize, rasterize_bitmaps, rasterize_polygons
+from tests.kernels.polygon_cases import packed, target_by_pycocotools
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-# regions, instances, vertices of an instance, of the largest instance, polygons of an instance
-TARGET_CASES = {
-    "K256-40-vertices": (256, 20, 40, 40, 1),
-    "K256-3-polygons": (256, 20, 60, 60, 3),
-    "K256-one-of-600-vertices": (256, 20, 40, 600, 1),
-    "K1024-40-vertices": (1024, 80, 40, 40, 1),
-}
-PASTE_CASES = {"K100-480x640": (100, 480, 640), "K100-800x1333": (100, 800, 1333)}
-
-
-def _outline(rng: np.random.Generator, vertices: int, centre: np.ndarray, radius: float) -> Polygon:
-    angle = np.sort(rng.random(vertices)) * 2 * np.pi
-    reach = radius * (0.6 + 0.4 * rng.random(vertices))
-    return (centre + np.stack([np.cos(angle), np.sin(angle)], 1) * reach[:, None]).astype(np.float32)
+# regions, vertices of an instance (0: as many as COCO's), polygons of an instance
+POLYGON_CASES = {"K20-coco": (20, 0, 0)} if SMALL else {
+    "K128-coco": (128, 0, 0),
+    "K128-40-vertices": (128, 40, 1),
+    "K128-300-vertices": (128, 300, 1),
+    "K1024-60-vertices-3-polygons": (1024, 60, 3),
+}  # fmt: skip
+BITMAP_CASES = {"K20-I4": (20, 4)} if SMALL else {"K128-I20": (128, 20), "K512-I60": (512, 60)}
 
 
-@lru_cache(maxsize=1)
-def _target_case(name: str) -> tuple[list[list[Polygon]], Tensor, Tensor]:
-    """Instances of 40 to 340 pixels in an image of 800 x 800, and regions about them."""
-    regions, count, vertices, most, parts = TARGET_CASES[name]
+def _polygons(case: str) -> tuple[list[Any], Tensor]:
+    count, vertices, polygons = POLYGON_CASES[case]
     rng = np.random.default_rng(0)
-    instances, around = [], []
-    for index in range(count):
-        centre, radius = rng.random(2) * 800, rng.uniform(20, 170)
-        share = (most if index == 0 else vertices) // parts
-        polygons = [_outline(rng, share, centre, radius) for _ in range(parts)]
-        instances.append(polygons)
-        points = np.concatenate(polygons)
-        around.append([*points.min(0), *points.max(0)])
-    idxs = torch.arange(regions) % count
-    tight = torch.from_numpy(np.array(around, np.float32))[idxs]
-    extent = (tight[:, 2:] - tight[:, :2]).repeat(1, 2)
-    noise = torch.from_numpy(rng.normal(size=(regions, 4)).astype(np.float32))
-    return instances, idxs, (tight + 0.1 * extent * noise).clamp(min=0)
+    boxes, sizes = coco_instances(count, 0)
+    if vertices:
+        sizes = [(polygons, vertices)] * count
+    instances = [
+        [outline(rng, max(3, total // parts), box) for _ in range(parts)]
+        for (parts, total), box in zip(sizes, boxes.numpy(), strict=True)
+    ]
+    # Proposals lie about their instances, not on them.
+    side = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    return instances, boxes + torch.from_numpy(rng.normal(size=(count, 4)).astype(np.float32)) * side * 0.08
 
 
-def _targets_by_loop(instances: list[list[Polygon]], idxs: Tensor, boxes: Tensor) -> Tensor:
-    rows = zip(idxs.tolist(), boxes.tolist(), strict=True)
-    return torch.from_numpy(np.stack([target_by_pycocotools(instances[i], box, 28) for i, box in rows]))
+@pytest.mark.parametrize("provider", [*OURS, "pycocotools"])
+@pytest.mark.parametrize("case", POLYGON_CASES)
+def bench_rasterize_polygons(benchmark: Any, device: torch.device, case: str, provider: str) -> None:
+    instances, boxes = _polygons(case)
+    arguments: dict[str, Any] = packed(instances) | {"instance_idxs": torch.arange(len(boxes)), "boxes": boxes}
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    rows = boxes.tolist()
+
+    def ours() -> Tensor:
+        return rasterize_polygons(mask_size=28, **moved)
+
+    def pycocotools() -> Tensor:
+        masks = [target_by_pycocotools(i, b, 28) for i, b in zip(instances, rows, strict=True)]
+        return torch.from_numpy(np.stack(masks)).to(device)
+
+    compiled = torch.compile(rasterize._rasterize_polygons_reference)
+    call = provider_call(
+        provider,
+        "rasterize_polygons",
+        device,
+        ours=ours,
+        compiled=lambda: compiled(clip_size=None, mask_size=28, **moved),
+        pycocotools=pycocotools,
+    )
+    measure(
+        benchmark,
+        call,
+        truth=ours,
+        equal=assert_equal,
+        group=f"rasterize_polygons-{case}",
+        provider=provider,
+        device=device,
+        bytes=moved["vertices"].nbytes + moved["boxes"].nbytes + len(boxes) * 28 * 28,
+        target=("pycocotools", 5),
+    )
 
 
-# The back-end and device of each provider of ours.
-OURS = {"reference": ("reference", "cpu"), "cpp": ("cpp", "cpu")}
-if torch.cuda.is_available():
-    OURS["cuda"] = ("auto", "cuda")
+@pytest.mark.parametrize("provider", ["reference", "cpp", "triton", "torchvision"])
+@pytest.mark.parametrize("convention", ["maskrcnn_benchmark", "detectron2"])
+@pytest.mark.parametrize("case", BITMAP_CASES)
+def bench_rasterize_bitmaps(benchmark: Any, device: torch.device, case: str, convention: str, provider: str) -> None:
+    count, instances = BITMAP_CASES[case]
+    coarse = torch.rand(instances, 1, 6, 8, generator=torch.Generator().manual_seed(0))
+    bitmaps = (F.interpolate(coarse, size=(HEIGHT, WIDTH), mode="bicubic")[:, 0] > 0.5).to(device)
+    boxes, idxs = coco_instances(count, 1)[0].to(device), torch.arange(count, device=device) % instances
 
+    def ours() -> Tensor:
+        return rasterize_bitmaps(bitmaps, idxs, boxes, 28, convention=convention)
 
-@pytest.mark.parametrize("provider", ["pycocotools-loop", *OURS])
-@pytest.mark.parametrize("case", TARGET_CASES)
-def bench_rasterize_polygons(benchmark: Any, case: str, provider: str) -> None:
-    instances, idxs, boxes = _target_case(case)
-    expected = _targets_by_loop(instances, idxs, boxes)
-    run: Callable[[], Tensor]
-    if provider == "pycocotools-loop":
+    def peer() -> Tensor:
+        """What the two systems call: RoIAlign on all bitmaps as float, or crop and interpolate for each region."""
+        if convention == "detectron2":
+            rois = torch.cat([idxs[:, None].float(), boxes], dim=1)
+            align = torchvision().ops.roi_align
+            return (align(bitmaps[:, None].float(), rois, (28, 28), 1.0, 0, True)[:, 0] >= 0.5).byte()
+        masks = []
+        for i, box in zip(idxs.tolist(), boxes.tolist(), strict=True):
+            x1, y1, x2, y2 = (round(v) for v in box)
+            x1, y1 = min(max(x1, 0), WIDTH - 1), min(max(y1, 0), HEIGHT - 1)
+            x2, y2 = max(min(max(x2, 0), WIDTH), x1 + 1), max(min(max(y2, 0), HEIGHT), y1 + 1)
+            crop = bitmaps[i : i + 1, y1:y2, x1:x2][None].float()
+            masks.append(F.interpolate(crop, size=(28, 28), mode="bilinear", align_corners=False)[0, 0].byte())
+        return torch.stack(masks)
 
-        def run() -> Tensor:
-            return _targets_by_loop(instances, idxs, boxes)
-    else:
-        arguments = packed(instances) | {"instance_idxs": idxs, "boxes": boxes}
-        backend, device = OURS[provider]
-        arguments = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in arguments.items()}
-
-        def run() -> Tensor:
-            with set_backend(backend):
-                found = rasterize_polygons(mask_size=28, **arguments)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            return found
-
-    assert torch.equal(run().cpu(), expected)
-    benchmark.group = f"rasterize_polygons-{case}"
-    benchmark.extra_info.update(regions=len(boxes), vertices=sum(len(p) for p in instances[0]), threads=_threads())
-    benchmark(run)
-
-
-@lru_cache(maxsize=1)
-def _paste_case(name: str) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    count, height, width = PASTE_CASES[name]
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(count, 1, 6, 6, generator=generator)
-    masks = torch.nn.functional.interpolate(coarse, size=(28, 28), mode="bilinear")[:, 0]
-    corner = torch.rand(count, 2, generator=generator) * torch.tensor([0.8 * width, 0.8 * height])
-    extent = 8 + torch.rand(count, 2, generator=generator) ** 2 * 300
-    limit = torch.tensor([width - 1.0, height - 1.0])
-    return masks, torch.cat([corner, torch.minimum(corner + extent, limit)], dim=1), (height, width)
-
-
-@pytest.mark.parametrize("provider", [*DEVICES, "torchvision"])
-@pytest.mark.parametrize("case", PASTE_CASES)
-def bench_paste_masks(benchmark: Any, case: str, provider: str) -> None:
-    masks, boxes, size = _paste_case(case)
-    expected = paste_masks(masks, boxes, size)
-    run: Callable[[], Tensor]
-    if provider == "torchvision":
-        name = "torchvision.models.detection.roi_heads"
-        theirs = pytest.importorskip(name, reason="torchvision is not installed").paste_masks_in_image
-
-        def run() -> Tensor:
-            return (theirs(masks[:, None], boxes, size) > 0.5)[:, 0].byte()
-    else:
-        moved = (masks.to(provider), boxes.to(provider))
-
-        def run() -> Tensor:
-            found = paste_masks(*moved, size)
-            if provider == "cuda":
-                torch.cuda.synchronize()
-            return found
-
-    # The CUDA kernel of interpolate rounds otherwise: pixels at the threshold may fall to either side.
-    assert (run().cpu() != expected).float().mean() <= (1e-5 if provider == "cuda" else 0)
-    benchmark.group = f"paste_masks-{case}"
-    benchmark.extra_info.update(masks=len(masks), bytes=expected.numel(), threads=_threads())
-    benchmark(run)
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
+    area = ((boxes[:, 2:] - boxes[:, :2]).prod(1)).sum().item()
+    measure(
+        benchmark,
+        provider_call(provider, "rasterize_bitmaps", device, ours=ours, torchvision=peer),
+        truth=ours,
+        equal=assert_equal,
+        group=f"rasterize_bitmaps-{case}-{convention}",
+        provider=provider,
+        device=device,
+        bytes=int(area) + count * 28 * 28,
+        target=("torchvision", 5),
+    )
