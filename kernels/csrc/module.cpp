@@ -7,11 +7,13 @@ void bind_boxes(py::module_& m);
 void bind_mask_loss(py::module_& m);
 void bind_matcher(py::module_& m);
 void bind_nms(py::module_& m);
+void bind_optim(py::module_& m);
 void bind_paste(py::module_& m);
 void bind_paste_rle(py::module_& m);
+void bind_preprocess(py::module_& m);
+void bind_proposals(py::module_& m);
 void bind_rasterize(py::module_& m);
 void bind_rasterize_bitmaps(py::module_& m);
-void bind_proposals(py::module_& m);
 void bind_roi_align(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
@@ -22,10 +24,12 @@ PYBIND11_MODULE(_C, m) {
   bind_mask_loss(m);
   bind_matcher(m);
   bind_nms(m);
+  bind_optim(m);
   bind_paste(m);
   bind_paste_rle(m);
+  bind_preprocess(m);
+  bind_proposals(m);
   bind_rasterize(m);
   bind_rasterize_bitmaps(m);
-  bind_proposals(m);
   bind_roi_align(m);
 }

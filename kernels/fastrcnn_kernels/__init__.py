@@ -17,6 +17,7 @@ from fastrcnn_kernels.losses import smooth_l1_loss
 from fastrcnn_kernels.mask_loss import mask_class_logits, mask_loss
 from fastrcnn_kernels.matcher import match_anchors, match_boxes
 from fastrcnn_kernels.nms import batched_nms, nms, nms_padded
+from fastrcnn_kernels.optim import FusedSGD, ParameterArena, fused_sgd
 from fastrcnn_kernels.paste import paste_masks
 from fastrcnn_kernels.paste_rle import paste_masks_rle
 from fastrcnn_kernels.patch import patch
@@ -28,7 +29,9 @@ from fastrcnn_kernels.roi_align import MultiScaleRoIAlign, RoIAlign, assign_leve
 from fastrcnn_kernels.sampler import image_seeds, sample_balanced
 
 __all__ = [
+    "FusedSGD",
     "MultiScaleRoIAlign",
+    "ParameterArena",
     "RoIAlign",
     "anchors_inside_image",
     "assign_levels",
@@ -43,6 +46,7 @@ __all__ = [
     "decode_proposals",
     "distance_box_iou",
     "encode_boxes",
+    "fused_sgd",
     "generalized_box_iou",
     "generate_proposals",
     "get_backend",

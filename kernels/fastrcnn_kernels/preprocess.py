@@ -6,22 +6,70 @@ maskrcnn-benchmark does this with Pillow and torchvision, one image at a time: `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastrcnn_kernels import _library
 
+_PRECISION = 22  # bits of a weight, as in Pillow
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of the kernels' type codes
+
+
+def _weights(size: int, wanted: int) -> tuple[Tensor, Tensor]:
+    """Pillow's coefficients of one axis: which inputs make an output, and how much of each in units of 2^-22.
+
+    Returns:
+        int64 [taps, wanted] indices and int32 [taps, wanted] weights; where an output has fewer taps, weight 0.
+    """
+    scale = size / wanted
+    support = max(scale, 1.0)  # one pixel of the coarser grid to either side: antialiasing
+    centre = (torch.arange(wanted, dtype=torch.float64) + 0.5) * scale  # [wanted]
+    first = (centre - support + 0.5).long().clamp_(min=0)  # [wanted]
+    last = (centre + support + 0.5).long().clamp_(max=size)  # [wanted]
+    taps = torch.arange(math.ceil(support) * 2 + 1)[:, None] + first  # [taps, wanted]
+    distance = ((taps - centre + 0.5) * (1.0 / support)).abs_()  # [taps, wanted]
+    weight = torch.where(taps < last, (1.0 - distance).clamp_(min=0.0), 0.0)  # [taps, wanted]
+    total = torch.zeros_like(centre)
+    for tap in weight:  # added one by one, in Pillow's order
+        total += tap
+    share = weight / torch.where(total == 0, 1.0, total)  # [taps, wanted]
+    return taps.clamp_(max=size - 1), (share * (1 << _PRECISION) + 0.5).int()
+
+
+def _resize_axis(image: Tensor, wanted: int, axis: int) -> Tensor:
+    """uint8 [H, W, 3] with ``axis`` (0 or 1) resized; grey levels are rounded, as between Pillow's two passes."""
+    if image.shape[axis] == wanted:
+        return image
+    index, weight = (t.to(image.device) for t in _weights(image.shape[axis], wanted))  # [taps, wanted] each
+    values = image.int()
+    shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
+    total: Tensor | int = 1 << (_PRECISION - 1)
+    for at, share in zip(index, weight, strict=True):
+        total = values.index_select(axis, at) * share.view(shape) + total
+    return (total >> _PRECISION).to(torch.uint8)  # type: ignore[union-attr]
+
 
 def _resize_image_reference(image: Tensor, height: int, width: int) -> Tensor:
-    # The permuted view is a channels_last batch of one, for which PyTorch has a vectorised uint8 kernel.
-    batch = image.permute(2, 0, 1)[None]
-    resized = F.interpolate(batch, size=(height, width), mode="bilinear", align_corners=False, antialias=True)
-    resized = resized[0].permute(1, 2, 0).contiguous()
+    resized = _resize_axis(_resize_axis(image, width, 1), height, 0).contiguous()
     # An operator must not return its argument.
     return resized.clone() if resized.data_ptr() == image.data_ptr() else resized
+
+
+def _packed(image: Tensor) -> Tensor:
+    """The image with its pixels side by side in each row, which is what the kernels read; rows may be apart."""
+    return image if image.stride(2) == 1 and image.stride(1) == 3 else image.contiguous()
+
+
+def _resize_image_cpp(image: Tensor, height: int, width: int) -> Tensor:
+    image = _packed(image)
+    out = torch.empty((height, width, 3), dtype=torch.uint8)
+    rows, columns = image.shape[:2]
+    description = (image.data_ptr(), rows, columns, image.stride(0), height, width, 0)
+    _library.extension().resize_image(description, out.data_ptr(), False, torch.get_num_threads())
+    return out
 
 
 def _resize_image_fake(image: Tensor, height: int, width: int) -> Tensor:
@@ -32,13 +80,17 @@ _resize_image = _library.define(
     "resize_image(Tensor image, SymInt height, SymInt width) -> Tensor",
     reference=_resize_image_reference,
     fake=_resize_image_fake,
+    cpp=_resize_image_cpp,
+    triton="fastrcnn_kernels.triton.preprocess:resize_image",
 )
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize an image, bilinear with anti-aliasing when it shrinks, as Pillow's ``BILINEAR`` and torch's ``antialias``.
+    """Resize an image as Pillow's ``BILINEAR`` does, to the bit: with antialiasing when it shrinks.
 
-    Within one grey level of Pillow (maskrcnn-benchmark resizes with Pillow); both work in fixed point.
+    maskrcnn-benchmark resizes with Pillow. First along x, then along y, weights rounded to 22 bits, grey levels rounded
+    after each pass. Since version 13 Pillow takes y first where the height shrinks by more than twice as many pixels as
+    the width; there it differs from this and from its own former self by at most one grey level.
 
     Args:
         image: uint8 [H, W, 3]. Any channel order.
@@ -62,14 +114,20 @@ def _preprocess_images_reference(
     pixel_std: Sequence[float],
     to_bgr255: bool,
     flip: Sequence[bool],
+    sizes: Sequence[int],
     height: int,
     width: int,
+    channels: int,
+    dtype: torch.dtype,
+    channels_last: bool,
 ) -> Tensor:
     device = images[0].device
-    batch = torch.zeros((len(images), 3, height, width), dtype=torch.float32, device=device)
-    for image, mirrored, canvas in zip(images, flip, batch, strict=True):
-        target = canvas[:, : image.shape[0], : image.shape[1]]
-        pixels = image.flip(1) if mirrored else image
+    batch = torch.zeros((len(images), channels, height, width), dtype=torch.float32, device=device)
+    targets = zip(images, flip, sizes[::2], sizes[1::2], batch, strict=True)
+    for image, mirrored, h, w, canvas in targets:
+        target = canvas[:, :h, :w]
+        pixels = _resize_axis(_resize_axis(image, w, 1), h, 0)  # [h, w, 3]
+        pixels = pixels.flip(1) if mirrored else pixels
         for channel, mean, std in zip(range(3), pixel_mean, pixel_std, strict=True):
             plane = target[channel]  # [h, w]
             plane.copy_(pixels[:, :, 2 - channel if to_bgr255 else channel])
@@ -78,7 +136,11 @@ def _preprocess_images_reference(
             plane.sub_(mean)
             if std != 1.0:
                 plane.div_(std)
-    return batch
+    return batch.to(dtype, memory_format=_memory_format(channels_last))
+
+
+def _memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _preprocess_images_fake(
@@ -87,17 +149,65 @@ def _preprocess_images_fake(
     pixel_std: Sequence[float],
     to_bgr255: bool,
     flip: Sequence[bool],
+    sizes: Sequence[int],
     height: int,
     width: int,
+    channels: int,
+    dtype: torch.dtype,
+    channels_last: bool,
 ) -> Tensor:
-    return images[0].new_empty((len(images), 3, height, width), dtype=torch.float32)
+    return torch.empty(
+        (len(images), channels, height, width),
+        dtype=dtype,
+        device=images[0].device,
+        memory_format=_memory_format(channels_last),
+    )
+
+
+def _preprocess_images_cpp(
+    images: Sequence[Tensor],
+    pixel_mean: Sequence[float],
+    pixel_std: Sequence[float],
+    to_bgr255: bool,
+    flip: Sequence[bool],
+    sizes: Sequence[int],
+    height: int,
+    width: int,
+    channels: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    images = [_packed(image) for image in images]
+    batch = torch.empty(
+        (len(images), channels, height, width), dtype=dtype, memory_format=_memory_format(channels_last)
+    )
+    _library.extension().preprocess_images(
+        [
+            (image.data_ptr(), image.shape[0], image.shape[1], image.stride(0), h, w, mirrored)
+            for image, h, w, mirrored in zip(images, sizes[::2], sizes[1::2], flip, strict=True)
+        ],
+        pixel_mean,
+        pixel_std,
+        to_bgr255,
+        height,
+        width,
+        channels,
+        _DTYPES.index(dtype),
+        channels_last,
+        batch.data_ptr(),
+        False,
+        torch.get_num_threads(),
+    )
+    return batch
 
 
 _preprocess_images = _library.define(
     "preprocess_images(Tensor[] images, float[] pixel_mean, float[] pixel_std, bool to_bgr255, bool[] flip, "
-    "SymInt height, SymInt width) -> Tensor",
+    "SymInt[] sizes, SymInt height, SymInt width, int channels, ScalarType dtype, bool channels_last) -> Tensor",
     reference=_preprocess_images_reference,
     fake=_preprocess_images_fake,
+    cpp=_preprocess_images_cpp,
+    triton="fastrcnn_kernels.triton.preprocess:preprocess_images",
 )
 
 
@@ -110,16 +220,20 @@ def preprocess_images(
     size_divisible: int,
     flip: Sequence[bool] | None = None,
     pad_to: tuple[int, int] | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    channels: int = 3,
 ) -> tuple[Tensor, Tensor]:
-    """Flip, order channels, normalise and batch images.
+    """Resize, flip, order channels, normalise and batch images: on a GPU in one launch.
 
-    The order of maskrcnn-benchmark: values, minus ``pixel_mean``, divided by ``pixel_std``, each step in float32; then
-    zero padding at the bottom and the right, so that padding is 0 **after** normalisation. For ``to_bgr255`` it
-    divides by 255 and multiplies by 255 again; in float32 that gives every grey level back exactly, so both are left
-    out here.
+    The order of maskrcnn-benchmark: resize with Pillow (see :func:`resize_image`), mirror, then values, minus
+    ``pixel_mean``, divided by ``pixel_std``, each step in float32; then zero padding at the bottom and the right, so
+    that padding is 0 **after** normalisation. For ``to_bgr255`` it divides by 255 and multiplies by 255 again; in
+    float32 that gives every grey level back exactly, so both are left out here.
 
     Args:
-        images: uint8 [h, w, 3] each, RGB, of one device; already resized.
+        images: uint8 [h, w, 3] each, RGB, of one device. Views into one buffer are as good as separate tensors.
         pixel_mean: three values in the order of the output channels: BGR on the scale 0 to 255 with ``to_bgr255``, RGB
             on the scale 0 to 1 without.
         pixel_std: the same; not 0.
@@ -127,13 +241,19 @@ def preprocess_images(
         size_divisible: height and width of the batch are rounded up to a multiple of it; 0 and 1 do not round.
         flip: whether to mirror each image left to right; default none.
         pad_to: (height, width) that the batch shall have; default as large as the largest image. Rounded up as well.
+        sizes: (height, width) that each image is resized to; default as they are.
+        dtype: of the batch: float32, or float16 or bfloat16, rounded from float32 at the end.
+        memory_format: ``torch.contiguous_format`` or ``torch.channels_last``.
+        channels: 3, or 4 for a fourth channel of zeros: pixels are then aligned, for a first convolution that is padded
+            to four input channels.
 
     Returns:
-        float32 [N, 3, H, W] on the device of the images, and int64 [N, 2], (height, width) of each image, on the
-        same device.
+        ``dtype`` [N, channels, H, W] on the device of the images, and int64 [N, 2], (height, width) of each image in
+        it, on the same device.
 
     Raises:
-        ValueError: no images, another shape or dtype, an image that exceeds ``pad_to``, wrong numbers of values.
+        ValueError: no images, another shape or dtype, an image that exceeds ``pad_to``, wrong numbers of values, a size
+            of no pixels, another ``dtype``, ``memory_format`` or number of channels.
     """
     images = list(images)
     if not images:
@@ -148,9 +268,22 @@ def preprocess_images(
             raise ValueError(f"preprocess_images: {name} must have 3 values, got {len(values)}")
     if 0.0 in [float(s) for s in pixel_std]:
         raise ValueError(f"preprocess_images: pixel_std must not be 0, got {list(pixel_std)}")
+    if sizes is None:
+        wanted = [(int(image.shape[0]), int(image.shape[1])) for image in images]
+    else:
+        wanted = [(int(h), int(w)) for h, w in sizes]
+        if len(wanted) != len(images):
+            raise ValueError(f"preprocess_images: {len(wanted)} sizes for {len(images)} images")
+        if min(min(size) for size in wanted) < 1:
+            raise ValueError(f"preprocess_images: sizes must be at least 1x1, got {wanted}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"preprocess_images: dtype must be float32, float16 or bfloat16, got {dtype}")
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"preprocess_images: memory_format must be contiguous or channels_last, got {memory_format}")
+    if channels not in (3, 4):
+        raise ValueError(f"preprocess_images: channels must be 3 or 4, got {channels}")
 
-    sizes = [(int(image.shape[0]), int(image.shape[1])) for image in images]
-    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    height, width = max(h for h, _ in wanted), max(w for _, w in wanted)
     if pad_to is not None:
         if height > pad_to[0] or width > pad_to[1]:
             raise ValueError(f"preprocess_images: an image of {height}x{width} does not fit pad_to {tuple(pad_to)}")
@@ -158,9 +291,19 @@ def preprocess_images(
     step = max(1, size_divisible)
     height, width = -(-height // step) * step, -(-width // step) * step
     batch = _preprocess_images(
-        images, [float(m) for m in pixel_mean], [float(s) for s in pixel_std], to_bgr255, mirrored, height, width
+        images,
+        [float(m) for m in pixel_mean],
+        [float(s) for s in pixel_std],
+        to_bgr255,
+        mirrored,
+        [side for size in wanted for side in size],
+        height,
+        width,
+        channels,
+        dtype,
+        memory_format == torch.channels_last,
     )
-    return batch, torch.tensor(sizes, dtype=torch.int64).to(batch.device)
+    return batch, torch.tensor(wanted, dtype=torch.int64).to(batch.device)
 
 
 def _check_image(operator: str, image: Tensor) -> None:
