@@ -13,6 +13,7 @@ from fastrcnn_kernels.boxes import (
     is_large_enough,
     remove_small_boxes,
 )
+from fastrcnn_kernels.keypoints import keypoint_targets, keypoints_from_heatmaps
 from fastrcnn_kernels.losses import smooth_l1_loss
 from fastrcnn_kernels.mask_loss import mask_class_logits, mask_loss
 from fastrcnn_kernels.matcher import match_anchors, match_boxes
@@ -53,8 +54,11 @@ __all__ = [
     "grid_anchors",
     "image_seeds",
     "is_large_enough",
+    "keypoint_targets",
+    "keypoints_from_heatmaps",
     "mask_class_logits",
     "mask_loss",
+    "mask_targets",
     "match_anchors",
     "match_boxes",
     "multiscale_roi_align",

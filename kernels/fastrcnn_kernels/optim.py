@@ -246,8 +246,8 @@ class FusedSGD(torch.optim.SGD):
 
     Constructor, ``param_groups`` and ``state_dict`` are those of ``torch.optim.SGD``: checkpoints go both ways,
     learning rate schedulers work, and so does ``torch.amp.GradScaler`` (the kernel divides and
-    looks at the overflow flag). A learning rate may be a tensor on the device. A 16-bit parameter is trained in float32 and rounded; its
-    float32 master is in the state as ``master``.
+    looks at the overflow flag). A learning rate may be a tensor on the device. A 16-bit parameter is trained in float32
+    and rounded; its float32 master is in the state as ``master``.
 
     ``zero_grad`` fills the gradients with zeros whatever ``set_to_none`` says, because they have their place in the
     buffer. A parameter whose ``grad`` is None is left alone, as in PyTorch; a gradient that is another tensor is copied
