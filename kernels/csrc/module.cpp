@@ -6,7 +6,6 @@ void bind_box_coder(py::module_& m);
 void bind_boxes(py::module_& m);
 void bind_keypoints(py::module_& m);
 void bind_mask_loss(py::module_& m);
-void bind_masks(py::module_& m);
 void bind_matcher(py::module_& m);
 void bind_nms(py::module_& m);
 void bind_optim(py::module_& m);
@@ -25,7 +24,6 @@ PYBIND11_MODULE(_C, m) {
   bind_boxes(m);
   bind_keypoints(m);
   bind_mask_loss(m);
-  bind_masks(m);
   bind_matcher(m);
   bind_nms(m);
   bind_optim(m);

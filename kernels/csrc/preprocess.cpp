@@ -11,8 +11,6 @@
 #include <algorithm>
 #include <array>
 
-#include "roi_align.h"  // advise_large_pages
-
 namespace preprocess {
 namespace {
 
@@ -304,7 +302,7 @@ void run_batch(Batch& batch, bool portable, int num_threads) {
   const int64_t row_bytes = batch.width * (batch.channels_last ? batch.channels : 1) * batch.element();
   const int64_t image_bytes = row_bytes * batch.height * batch.lines();
   if (batch.type != kByte)
-    roi_align::advise_large_pages(reinterpret_cast<std::uintptr_t>(batch.out), image_bytes * count);
+    advise_large_pages(reinterpret_cast<std::uintptr_t>(batch.out), image_bytes * count);
   const int64_t stripes = (batch.height + kRows - 1) / kRows;
   const int64_t useful = std::max<int64_t>(1, count * batch.height * batch.width / kPixelsPerThread);
   const int threads = static_cast<int>(std::min<int64_t>(num_threads, useful));

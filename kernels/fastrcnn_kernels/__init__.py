@@ -58,7 +58,6 @@ __all__ = [
     "keypoints_from_heatmaps",
     "mask_class_logits",
     "mask_loss",
-    "mask_targets",
     "match_anchors",
     "match_boxes",
     "multiscale_roi_align",
