@@ -182,22 +182,19 @@ class BoxHead(nn.Module):
         Args:
             class_logits: [N * S, classes]. box_regression: [N * S, 4 * box classes].
         """
-        labels, positive = sampled.labels.flatten(), sampled.positive.flatten()
-        normaliser = sampled.num_sampled.sum().clamp(min=1)
-        with torch.no_grad():
-            gt_boxes = targets.boxes.gather(1, sampled.matched_idxs[..., None].expand(-1, -1, 4))
-            regression_targets = kernels.encode_boxes(
-                gt_boxes, sampled.boxes, self.bbox_reg_weights, box_offset=self.convention.box_offset
-            ).flatten(0, 1)  # [N * S, 4]
-            box_class = torch.ones_like(labels) if self.class_agnostic else labels.clamp(min=0)
-            columns = 4 * box_class[:, None] + torch.arange(4, device=labels.device)  # [N * S, 4]
-        classifier_loss = F.cross_entropy(at_least_float32(class_logits), labels, ignore_index=IGNORED, reduction="sum")
-        predicted = at_least_float32(box_regression.gather(1, columns))
-        box_loss = kernels.smooth_l1_loss(predicted, regression_targets, beta=self.convention.box_beta)
-        return {
-            "loss_classifier": classifier_loss / normaliser,
-            "loss_box_reg": torch.where(positive[:, None], box_loss, 0).sum() / normaliser,
-        }
+        gt_boxes = targets.boxes.gather(1, sampled.matched_idxs[..., None].expand(-1, -1, 4))
+        loss_classifier, loss_box_reg = kernels.box_head_loss(
+            class_logits,
+            box_regression,
+            sampled.labels.flatten(),
+            sampled.boxes.flatten(0, 1),
+            gt_boxes.flatten(0, 1),
+            weights=self.bbox_reg_weights,
+            beta=self.convention.box_beta,
+            box_offset=self.convention.box_offset,
+            ignore_index=IGNORED,
+        )
+        return {"loss_classifier": loss_classifier, "loss_box_reg": loss_box_reg}
 
     def forward_test(self, features: Sequence[Tensor], proposals: Proposals, images: ImageList) -> list[BoxList]:
         """The detections of each image, best first; waits for the device."""

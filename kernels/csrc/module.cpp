@@ -3,8 +3,11 @@
 
 void bind_anchors(py::module_& m);
 void bind_box_coder(py::module_& m);
+void bind_box_head_loss(py::module_& m);
+void bind_box_losses(py::module_& m);
 void bind_boxes(py::module_& m);
 void bind_keypoints(py::module_& m);
+void bind_losses(py::module_& m);
 void bind_mask_loss(py::module_& m);
 void bind_matcher(py::module_& m);
 void bind_nms(py::module_& m);
@@ -21,8 +24,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fastrcnn_kernels: raw buffers in, raw buffers out. Called by the Python launchers only.";
   bind_anchors(m);
   bind_box_coder(m);
+  bind_box_head_loss(m);
+  bind_box_losses(m);
   bind_boxes(m);
   bind_keypoints(m);
+  bind_losses(m);
   bind_mask_loss(m);
   bind_matcher(m);
   bind_nms(m);

@@ -3,6 +3,8 @@
 from fastrcnn_kernels._library import backend_report, get_backend, set_backend
 from fastrcnn_kernels.anchors import anchors_inside_image, cell_anchors, grid_anchors
 from fastrcnn_kernels.box_coder import decode_boxes, decode_proposals, encode_boxes
+from fastrcnn_kernels.box_head_loss import box_head_loss
+from fastrcnn_kernels.box_losses import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 from fastrcnn_kernels.boxes import (
     box_area,
     box_iou,
@@ -14,7 +16,7 @@ from fastrcnn_kernels.boxes import (
     remove_small_boxes,
 )
 from fastrcnn_kernels.keypoints import keypoint_targets, keypoints_from_heatmaps
-from fastrcnn_kernels.losses import smooth_l1_loss
+from fastrcnn_kernels.losses import sigmoid_focal_loss, smooth_l1_loss
 from fastrcnn_kernels.mask_loss import mask_class_logits, mask_loss
 from fastrcnn_kernels.matcher import match_anchors, match_boxes
 from fastrcnn_kernels.nms import batched_nms, nms, nms_padded
@@ -39,16 +41,20 @@ __all__ = [
     "backend_report",
     "batched_nms",
     "box_area",
+    "box_head_loss",
     "box_iou",
     "cell_anchors",
     "clip_boxes_to_image",
     "complete_box_iou",
+    "complete_box_iou_loss",
     "decode_boxes",
     "decode_proposals",
     "distance_box_iou",
+    "distance_box_iou_loss",
     "encode_boxes",
     "fused_sgd",
     "generalized_box_iou",
+    "generalized_box_iou_loss",
     "generate_proposals",
     "get_backend",
     "grid_anchors",
@@ -74,5 +80,6 @@ __all__ = [
     "roi_align",
     "sample_balanced",
     "set_backend",
+    "sigmoid_focal_loss",
     "smooth_l1_loss",
 ]
