@@ -70,7 +70,7 @@ def bench_focal_loss(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("provider", (*OURS, "torch"))
+@pytest.mark.parametrize("provider", [*OURS, "torch"])
 @pytest.mark.parametrize("rows", SMOOTH_ROWS)
 def bench_smooth_l1(benchmark: Any, device: torch.device, rows: int, provider: str) -> None:
     g = torch.Generator().manual_seed(0)
