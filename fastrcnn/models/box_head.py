@@ -210,29 +210,30 @@ class BoxHead(nn.Module):
             box_offset=self.convention.box_offset,
             clip=self.convention.delta_clip,
         )
-        if self.class_agnostic:
-            boxes = boxes.repeat(1, probabilities.shape[1])
         capacity = proposals.boxes.shape[1]
         detections = []
         for image, (count, size) in enumerate(zip(proposals.count.tolist(), images.image_sizes, strict=True)):
             rows = slice(image * capacity, image * capacity + count)
-            detections.append(self._detect(boxes[rows], probabilities[rows], size))
+            detections.append(self._detect(boxes[rows], probabilities[rows], size, images.sizes[image]))
         return detections
 
-    def _detect(self, boxes: Tensor, probabilities: Tensor, size: tuple[int, int]) -> BoxList:
-        """Detections of one image from boxes [P, 4 * classes] and probabilities [P, classes]; background is column 0.
+    def _detect(self, boxes: Tensor, probabilities: Tensor, size: tuple[int, int], size_on_device: Tensor) -> BoxList:
+        """Detections of one image from boxes [P, 4 * classes], or [P, 4] for all, and probabilities [P, classes].
+
+        Background is column 0.
 
         As many as ``detections_per_image``; more where the last one's score is tied (maskrcnn-benchmark's rule).
         """
         height, width = size
-        proposal, label = (probabilities[:, 1:] > self.score_thresh).nonzero(as_tuple=True)
-        label = label + 1
-        scores = probabilities[proposal, label]
-        boxes = boxes.view(len(boxes), probabilities.shape[1], 4)[proposal, label]
-        boxes = kernels.clip_boxes_to_image(boxes, size, box_offset=self.convention.box_offset)
-        keep = kernels.batched_nms(boxes, scores, label, self.nms_thresh, box_offset=self.convention.box_offset)
-        scores = scores[keep]  # in decreasing order
-        if 0 < self.detections_per_image < len(keep):
-            keep = keep[: int((scores >= scores[self.detections_per_image - 1]).sum())]
-            scores = scores[: len(keep)]
-        return BoxList(boxes[keep], (width, height), labels=label[keep], scores=scores)
+        found, scores, labels, _ = kernels.multiclass_nms(
+            boxes,
+            probabilities,
+            self.score_thresh,
+            self.nms_thresh,
+            max(0, self.detections_per_image),
+            image_size=size_on_device,
+            background=0,
+            keep_ties=True,
+            box_offset=self.convention.box_offset,
+        )
+        return BoxList(found, (width, height), labels=labels, scores=scores)

@@ -10,6 +10,7 @@ void bind_keypoints(py::module_& m);
 void bind_losses(py::module_& m);
 void bind_mask_loss(py::module_& m);
 void bind_matcher(py::module_& m);
+void bind_multiclass_nms(py::module_& m);
 void bind_nms(py::module_& m);
 void bind_optim(py::module_& m);
 void bind_paste(py::module_& m);
@@ -19,6 +20,7 @@ void bind_proposals(py::module_& m);
 void bind_rasterize(py::module_& m);
 void bind_rasterize_bitmaps(py::module_& m);
 void bind_roi_align(py::module_& m);
+void bind_soft_nms(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fastrcnn_kernels: raw buffers in, raw buffers out. Called by the Python launchers only.";
@@ -31,6 +33,7 @@ PYBIND11_MODULE(_C, m) {
   bind_losses(m);
   bind_mask_loss(m);
   bind_matcher(m);
+  bind_multiclass_nms(m);
   bind_nms(m);
   bind_optim(m);
   bind_paste(m);
@@ -40,4 +43,5 @@ PYBIND11_MODULE(_C, m) {
   bind_rasterize(m);
   bind_rasterize_bitmaps(m);
   bind_roi_align(m);
+  bind_soft_nms(m);
 }

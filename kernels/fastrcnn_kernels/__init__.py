@@ -19,6 +19,7 @@ from fastrcnn_kernels.keypoints import keypoint_targets, keypoints_from_heatmaps
 from fastrcnn_kernels.losses import sigmoid_focal_loss, smooth_l1_loss
 from fastrcnn_kernels.mask_loss import mask_class_logits, mask_loss
 from fastrcnn_kernels.matcher import match_anchors, match_boxes
+from fastrcnn_kernels.multiclass_nms import multiclass_nms, multiclass_nms_padded
 from fastrcnn_kernels.nms import batched_nms, nms, nms_padded
 from fastrcnn_kernels.optim import FusedSGD, ParameterArena, fused_sgd
 from fastrcnn_kernels.paste import paste_masks
@@ -30,6 +31,7 @@ from fastrcnn_kernels.rasterize import rasterize_polygons
 from fastrcnn_kernels.rasterize_bitmaps import rasterize_bitmaps
 from fastrcnn_kernels.roi_align import MultiScaleRoIAlign, RoIAlign, assign_levels, multiscale_roi_align, roi_align
 from fastrcnn_kernels.sampler import image_seeds, sample_balanced
+from fastrcnn_kernels.soft_nms import soft_nms
 
 __all__ = [
     "FusedSGD",
@@ -66,6 +68,8 @@ __all__ = [
     "mask_loss",
     "match_anchors",
     "match_boxes",
+    "multiclass_nms",
+    "multiclass_nms_padded",
     "multiscale_roi_align",
     "nms",
     "nms_padded",
@@ -82,4 +86,5 @@ __all__ = [
     "set_backend",
     "sigmoid_focal_loss",
     "smooth_l1_loss",
+    "soft_nms",
 ]

@@ -320,6 +320,26 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, threshold: float, b
     return by_score[is_kept[by_score]]
 
 
+def class_nms(boxes: Tensor, scores: Tensor, threshold: float, box_offset: int) -> Tensor:
+    """Which of scores [N, P, C] are kept within their image and class, boxes [N, P, C, 4]: bool [N, P, C].
+
+    A score of -inf is absent. Static shapes, no waiting: a tile without boxes costs an early exit.
+    """
+    images, size, classes = scores.shape
+    flags = torch.zeros((images, size, classes), dtype=torch.bool, device=scores.device)
+    if flags.numel() == 0:
+        return flags
+    ranked, rows = scores.transpose(1, 2).sort(dim=2, descending=True, stable=True)  # [N, C, P]
+    image = torch.arange(images, device=scores.device)[:, None, None]
+    label = torch.arange(classes, device=scores.device)[None, :, None]
+    order = ((image * size + rows) * classes + label).contiguous()  # of the flat list of boxes
+    length = (ranked != -math.inf).sum(2).flatten()
+    start = torch.arange(images * classes, device=scores.device) * size
+    flat = flags.view(torch.uint8)
+    _launch(boxes.contiguous(), order, start, length, size, threshold, box_offset, flat, None, size)
+    return flags
+
+
 def _mask_case(label: str, dtype: torch.dtype, name: str, box_offset: int, ragged: bool) -> CompileCase:
     signature = {
         "boxes_ptr": f"*{name}",
