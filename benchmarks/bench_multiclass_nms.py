@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_multiclass_nms.py
 
-torchvision's steps after decoding and softmax: clip, flatten, threshold, small boxes, ``batched_nms``, top-k. Both sides
-get the same boxes and probabilities. soft_nms has no torchvision peer: its rows are its own back-ends.
+torchvision's steps after decoding and softmax: clip, flatten, threshold, small boxes, ``batched_nms``, top-k. Both
+sides get the same boxes and probabilities. soft_nms has no torchvision peer: its rows are its own back-ends.
 """
 
 from __future__ import annotations
