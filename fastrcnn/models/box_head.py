@@ -147,10 +147,9 @@ class BoxHead(nn.Module):
             allow_low_quality_matches=False,
             box_offset=self.convention.box_offset,
         )  # [N, P]
-        kind = torch.where(matched >= 0, 1, torch.where(matched == -1, 0, -1))
-        kind = torch.where(proposals.valid, kind, -1)
+        matched = torch.where(proposals.valid, matched, -2)  # what lies behind an image's proposals is not drawn
         indices, num_positive, num_sampled = kernels.sample_balanced(
-            kind, self.batch_size_per_image, self.positive_fraction, seeds
+            matched, self.batch_size_per_image, self.positive_fraction, seeds, first_positive=0
         )  # [N, S], [N], [N]
         slot = torch.arange(indices.shape[1], device=indices.device)
         positive = slot < num_positive[:, None]

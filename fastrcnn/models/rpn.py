@@ -133,7 +133,7 @@ class RPN(nn.Module):
                 box_offset=self.convention.box_offset,
             )  # [N, A]
             indices, num_positive, num_sampled = kernels.sample_balanced(
-                matched + 1, self.batch_size_per_image, self.positive_fraction, seeds
+                matched, self.batch_size_per_image, self.positive_fraction, seeds, first_positive=0
             )  # [N, B], [N], [N]
             slot = torch.arange(indices.shape[1], device=indices.device)
             positive = slot < num_positive[:, None]  # [N, B]

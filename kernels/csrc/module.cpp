@@ -20,6 +20,7 @@ void bind_proposals(py::module_& m);
 void bind_rasterize(py::module_& m);
 void bind_rasterize_bitmaps(py::module_& m);
 void bind_roi_align(py::module_& m);
+void bind_sampler(py::module_& m);
 void bind_soft_nms(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
@@ -43,5 +44,6 @@ PYBIND11_MODULE(_C, m) {
   bind_rasterize(m);
   bind_rasterize_bitmaps(m);
   bind_roi_align(m);
+  bind_sampler(m);
   bind_soft_nms(m);
 }

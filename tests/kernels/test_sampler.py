@@ -10,6 +10,7 @@ import torch
 
 from fastrcnn_kernels import image_seeds, sample_balanced, sampler
 from fastrcnn_kernels.sampler import philox4x32, random_keys
+from tests.kernels.helpers import ForbidSync
 from tests.kernels.nosync import forbid_host_sync
 
 # kat_vectors of Random123 (Salmon et al.): rounds, counter, key, result.
@@ -21,6 +22,7 @@ KNOWN_ANSWERS = [
     (10, "ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
     (10, "243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
 ]
+COLLISION = (922, 489, 1599)  # a seed and two entries, the lower first
 SEEDS = torch.tensor([0, 1, -1, 0x123456789ABCDEF, -(2**63)])
 
 
@@ -46,6 +48,23 @@ def scalar_sample(labels: list[int], size: int, fraction: float, seed: int) -> t
     negatives = [i for i in order if labels[i] == 0][: size - len(positives)]
     drawn = positives + negatives
     return drawn + [-1] * (size - len(drawn)), len(positives), len(drawn)
+
+
+Sample = Callable[..., tuple[torch.Tensor, ...]]
+
+
+@pytest.fixture
+def sample(device: torch.device) -> Sample:
+    """``sample_balanced`` by each back-end: tensors go to its device and the results come back."""
+
+    def on_device(
+        labels: torch.Tensor, size: int, fraction: float, seeds: torch.Tensor, **arguments: int
+    ) -> tuple[torch.Tensor, ...]:
+        drawn = sample_balanced(labels.to(device), size, fraction, seeds.to(device), **arguments)
+        assert all(tensor.device.type == device.type for tensor in drawn)
+        return tuple(tensor.cpu() for tensor in drawn)
+
+    return on_device
 
 
 def random_labels(*shape: int, positive: float = 0.2, ignored: float = 0.3, seed: int = 0) -> torch.Tensor:
@@ -117,9 +136,9 @@ def test_image_seeds_mix() -> None:
     ("size", "fraction"), [(16, 0.5), (16, 0.25), (7, 0.5), (1, 0.5), (40, 1.0), (40, 0.0), (0, 0.5)]
 )
 @pytest.mark.parametrize("count", [1, 3, 41, 200])
-def test_equals_loops(count: int, size: int, fraction: float) -> None:
+def test_equals_loops(sample: Sample, count: int, size: int, fraction: float) -> None:
     labels = random_labels(len(SEEDS), count)
-    indices, num_pos, num_sampled = sample_balanced(labels, size, fraction, SEEDS)
+    indices, num_pos, num_sampled = sample(labels, size, fraction, SEEDS)
     assert indices.shape == (len(SEEDS), size)
     assert indices.dtype == num_pos.dtype == num_sampled.dtype == torch.int64
     for n, seed in enumerate(SEEDS.tolist()):
@@ -139,11 +158,11 @@ def test_equals_loops(count: int, size: int, fraction: float) -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
-def test_counts(positives: int, negatives: int, expected: tuple[int, int], dtype: torch.dtype) -> None:
+def test_counts(sample: Sample, positives: int, negatives: int, expected: tuple[int, int], dtype: torch.dtype) -> None:
     labels = torch.full((1, 6000), -1, dtype=dtype)
     labels[0, :positives] = 1
     labels[0, positives : positives + negatives] = 0
-    indices, num_pos, num_sampled = sample_balanced(labels, 256, 0.5, torch.tensor([7]))
+    indices, num_pos, num_sampled = sample(labels, 256, 0.5, torch.tensor([7]))
     assert (num_pos.item(), num_sampled.item() - num_pos.item()) == expected
     drawn = indices[0, : num_sampled.item()]
     assert labels[0, drawn].tolist() == [1] * expected[0] + [0] * expected[1]
@@ -151,50 +170,130 @@ def test_counts(positives: int, negatives: int, expected: tuple[int, int], dtype
     assert (indices[0, num_sampled.item() :] == -1).all()
 
 
-def test_class_labels_are_positives() -> None:
+def test_class_labels_are_positives(sample: Sample) -> None:
     labels = random_labels(2, 100)
     classes = torch.where(labels > 0, torch.arange(100) % 80 + 1, labels)
-    for a, b in zip(
-        sample_balanced(classes, 20, 0.5, SEEDS[:2]), sample_balanced(labels, 20, 0.5, SEEDS[:2]), strict=True
-    ):
+    for a, b in zip(sample(classes, 20, 0.5, SEEDS[:2]), sample(labels, 20, 0.5, SEEDS[:2]), strict=True):
         assert torch.equal(a, b)
 
 
-def test_padding_does_not_change_the_draw() -> None:
+def test_padding_does_not_change_the_draw(sample: Sample) -> None:
     labels = random_labels(2, 101)
-    expected = sample_balanced(labels, 20, 0.5, SEEDS[:2])
+    expected = sample(labels, 20, 0.5, SEEDS[:2])
     for extra in (1, 2, 3, 500):
         padded = torch.nn.functional.pad(labels, (0, extra), value=-1)
-        for a, b in zip(sample_balanced(padded, 20, 0.5, SEEDS[:2]), expected, strict=True):
+        for a, b in zip(sample(padded, 20, 0.5, SEEDS[:2]), expected, strict=True):
             assert torch.equal(a, b)
 
 
-def test_other_images_do_not_change_the_draw() -> None:
+def test_other_images_do_not_change_the_draw(sample: Sample) -> None:
     labels = random_labels(5, 101)
-    together = sample_balanced(labels, 20, 0.5, SEEDS)
+    together = sample(labels, 20, 0.5, SEEDS)
     order = torch.tensor([3, 0, 4])
-    for a, b in zip(sample_balanced(labels[order], 20, 0.5, SEEDS[order]), together, strict=True):
+    for a, b in zip(sample(labels[order], 20, 0.5, SEEDS[order]), together, strict=True):
         assert torch.equal(a, b[order])
 
 
 def test_equal_keys_go_to_the_lower_index(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampler, "random_keys", lambda seeds, count: torch.full((len(seeds), count), 2**32 - 1))
     labels = torch.tensor([[0, 1, -1, 1, 0, 1, 0, 0]])
-    indices, _, _ = sample_balanced(labels, 5, 0.5, torch.tensor([0]))
+    indices, _, _ = sampler.sample_balanced_reference(labels, torch.tensor([0]), 5, 2, 1)
     assert indices.tolist() == [[1, 3, 0, 4, 6]]
 
 
-def test_non_contiguous() -> None:
+def test_a_collision_goes_to_the_lower_index(sample: Sample) -> None:
+    """Two entries of one seed have the same 32-bit key: both orders of equal keys would be seen."""
+    seed, count = torch.tensor([COLLISION[0]]), COLLISION[2] + 1
+    keys = random_keys(seed, count)[0]
+    assert keys[COLLISION[1]] == keys[COLLISION[2]]
+    for positive in (True, False):
+        labels = torch.full((1, count), -1)
+        labels[0, list(COLLISION[1:])] = 1 if positive else 0
+        indices, num_pos, _ = sample(labels, 3, 1.0, seed)
+        assert indices.tolist() == [[COLLISION[1], COLLISION[2], -1]]
+        assert num_pos.item() == 2 * positive
+        assert sample(labels, 1, 1.0, seed)[0].item() == COLLISION[1]
+
+
+@pytest.mark.parametrize("margin", [-16.0, 1e6])
+def test_what_the_triton_kernel_gathers_does_not_show(
+    sample: Sample, backend: str, monkeypatch: pytest.MonkeyPatch, margin: float
+) -> None:
+    """Too few or too many entries gathered: the draw is then found by bisection."""
+    if backend == "triton":
+        from fastrcnn_kernels.triton import sampler as launcher
+
+        monkeypatch.setattr(launcher, "_MARGIN", margin)
+        monkeypatch.setattr(launcher, "_SLACK", 0.0)
+    labels = random_labels(1, 1500, positive=0.005, ignored=0.1)
+    expected = scalar_sample(labels[0].tolist(), 6, 0.5, 7)
+    assert sample(labels, 6, 0.5, torch.tensor([7]))[0][0].tolist() == expected[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.bool])
+def test_types_of_labels(sample: Sample, dtype: torch.dtype) -> None:
+    labels = random_labels(2, 90).clamp(min=0 if dtype in (torch.uint8, torch.bool) else -1)
+    expected = sampler.sample_balanced_reference(labels, SEEDS[:2], 20, 10, 1)
+    for a, b in zip(sample(labels.to(dtype), 20, 0.5, SEEDS[:2]), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_first_positive(sample: Sample) -> None:
+    """What a matcher gives is drawn from as it is; large labels do not wrap."""
+    labels = random_labels(2, 90)
+    labels[0, 5] = 2**32
+    labels[1, 7] = -(2**32)
+    expected = sampler.sample_balanced_reference(labels, SEEDS[:2], 20, 10, 1)
+    for a, b in zip(sample(labels - 1, 20, 0.5, SEEDS[:2], first_positive=0), expected, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(sample(labels.to(torch.int8), 20, 0.5, SEEDS[:2], first_positive=300), [-1, 0, 0], strict=True):
+        assert (a == b).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_and_long_rows(threads: int) -> None:
+    labels = random_labels(3, 70_001, positive=0.001, ignored=0.6)
+    expected = sampler.sample_balanced_reference(labels, SEEDS[:3], 256, 128, 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for a, b in zip(sample_balanced(labels, 256, 0.5, SEEDS[:3]), expected, strict=True):
+            assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 33])
+def test_image_seeds_equal_loops(device: torch.device, count: int) -> None:
+    ids = torch.cat([torch.tensor([-1, 2**40 + 3]), torch.arange(count)])[-count:]
+    for seed, step, stream in ((0, 0, 0), (-5, 2**31 + 1, 7), (2**63 + 9, -1, 2**31)):
+        key = [seed % 2**32, (seed >> 32) % 2**32]
+        expected = []
+        for i in ids.tolist():
+            low, high, _, _ = scalar_philox([i % 2**32, (i >> 32) % 2**32, step % 2**32, stream % 2**32], key)
+            value = low | high << 32
+            expected.append(value - 2**64 if value >= 2**63 else value)
+        assert image_seeds(seed, step, ids.to(device), stream).tolist() == expected
+
+
+def test_opcheck(device: torch.device) -> None:
+    labels, seeds = random_labels(2, 50).to(device), SEEDS[:2].to(device)
+    torch.library.opcheck(torch.ops.fastrcnn_kernels.sample_balanced.default, (labels, seeds, 16, 8, 1))
+    step = torch.tensor(3, device=device)
+    torch.library.opcheck(torch.ops.fastrcnn_kernels.image_seeds.default, (seeds, step, step, 1))
+
+
+def test_non_contiguous(sample: Sample) -> None:
     labels = random_labels(5, 101)
     strided = labels.T.contiguous().T
-    for a, b in zip(sample_balanced(strided, 20, 0.5, SEEDS), sample_balanced(labels, 20, 0.5, SEEDS), strict=True):
+    for a, b in zip(sample(strided, 20, 0.5, SEEDS), sample(labels, 20, 0.5, SEEDS), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("n", "a"), [(0, 10), (3, 0), (0, 0)])
-def test_empty(n: int, a: int) -> None:
+def test_empty(sample: Sample, n: int, a: int) -> None:
     labels, seeds = torch.zeros(n, a, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
-    indices, num_pos, num_sampled = sample_balanced(labels, 8, 0.5, seeds)
+    indices, num_pos, num_sampled = sample(labels, 8, 0.5, seeds)
     assert indices.shape == (n, 8)
     assert (indices == -1).all() if a == 0 else True
     assert num_pos.tolist() == num_sampled.tolist() == [0] * n
@@ -298,21 +397,25 @@ def test_the_oracle_rejects(wrong: Callable[[torch.Tensor, int], tuple[torch.Ten
     assert wrong(labels, 100)[0].tolist() != [indices for indices, _, _ in expected]
 
 
-def test_no_host_sync() -> None:
-    labels, ids, step = random_labels(2, 100), torch.tensor([4, 5]), torch.tensor(3)
-    with forbid_host_sync(allow_constants=False):
+def test_no_host_sync(device: torch.device, backend: str) -> None:
+    if backend == "cpp":
+        pytest.skip("the C++ kernels read CPU memory")
+    inputs = random_labels(2, 100), torch.tensor([4, 5]), torch.tensor(3)
+    labels, ids, step = (tensor.to(device) for tensor in inputs)
+    with ForbidSync(), forbid_host_sync(allow_constants=False):
         seeds = image_seeds(1, step, ids, 0)
         sample_balanced(labels, 16, 0.5, seeds)
 
 
 @pytest.mark.slow
-def test_compile_fullgraph() -> None:
+def test_compile_fullgraph(device: torch.device) -> None:
     def draw(labels: torch.Tensor, step: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return sample_balanced(labels, 16, 0.5, image_seeds(1, step, ids, 0))
 
-    labels, ids = random_labels(2, 101), torch.tensor([4, 5])
-    compiled = torch.compile(draw, fullgraph=True)
-    for step in (torch.tensor(3), torch.tensor(4)):
+    labels, ids = random_labels(2, 101).to(device), torch.tensor([4, 5], device=device)
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    for number in (3, 4):
+        step = torch.tensor(number, device=device)
         for actual, expected in zip(compiled(labels, step, ids), draw(labels, step, ids), strict=True):
             assert torch.equal(actual, expected)
 

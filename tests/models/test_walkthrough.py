@@ -46,8 +46,8 @@ def walk():
         seen["sampled"] = sample(*args)
         return seen["sampled"]
 
-    def recorded_draw(*args):
-        seen["draws"].append(draw(*args))
+    def recorded_draw(*args, **kwargs):
+        seen["draws"].append(draw(*args, **kwargs))
         return seen["draws"][-1]
 
     box.sample = recorded_sample
