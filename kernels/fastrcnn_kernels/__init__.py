@@ -15,12 +15,14 @@ from fastrcnn_kernels.boxes import (
     is_large_enough,
     remove_small_boxes,
 )
+from fastrcnn_kernels.deform_conv import DeformConv2d, deform_conv2d
 from fastrcnn_kernels.keypoints import keypoint_targets, keypoints_from_heatmaps
 from fastrcnn_kernels.losses import sigmoid_focal_loss, smooth_l1_loss
 from fastrcnn_kernels.mask_loss import mask_class_logits, mask_loss
 from fastrcnn_kernels.matcher import match_anchors, match_boxes
 from fastrcnn_kernels.multiclass_nms import multiclass_nms, multiclass_nms_padded
 from fastrcnn_kernels.nms import batched_nms, nms, nms_padded
+from fastrcnn_kernels.norm import frozen_batch_norm
 from fastrcnn_kernels.optim import FusedSGD, ParameterArena, fused_sgd
 from fastrcnn_kernels.paste import paste_masks
 from fastrcnn_kernels.paste_rle import paste_masks_rle
@@ -30,14 +32,17 @@ from fastrcnn_kernels.proposals import generate_proposals
 from fastrcnn_kernels.rasterize import rasterize_polygons
 from fastrcnn_kernels.rasterize_bitmaps import rasterize_bitmaps
 from fastrcnn_kernels.roi_align import MultiScaleRoIAlign, RoIAlign, assign_levels, multiscale_roi_align, roi_align
+from fastrcnn_kernels.roi_pool import RoIPool, roi_pool
 from fastrcnn_kernels.sampler import image_seeds, sample_balanced
 from fastrcnn_kernels.soft_nms import soft_nms
 
 __all__ = [
+    "DeformConv2d",
     "FusedSGD",
     "MultiScaleRoIAlign",
     "ParameterArena",
     "RoIAlign",
+    "RoIPool",
     "anchors_inside_image",
     "assign_levels",
     "backend_report",
@@ -51,9 +56,11 @@ __all__ = [
     "complete_box_iou_loss",
     "decode_boxes",
     "decode_proposals",
+    "deform_conv2d",
     "distance_box_iou",
     "distance_box_iou_loss",
     "encode_boxes",
+    "frozen_batch_norm",
     "fused_sgd",
     "generalized_box_iou",
     "generalized_box_iou_loss",
@@ -82,6 +89,7 @@ __all__ = [
     "remove_small_boxes",
     "resize_image",
     "roi_align",
+    "roi_pool",
     "sample_balanced",
     "set_backend",
     "sigmoid_focal_loss",
