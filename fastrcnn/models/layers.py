@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastrcnn_kernels import frozen_batch_norm
 
 NormFactory = Callable[[int], nn.Module]
 
@@ -30,13 +33,24 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Normalise; then add ``residual`` and clamp at 0 if asked to, in the same pass."""
+        return frozen_batch_norm(
+            x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, residual=residual, relu=relu
+        )
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}"
+
+
+def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """relu(norm(x) + residual), in one pass where the norm can."""
+    if isinstance(norm, FrozenBatchNorm2d):
+        return norm(x, residual, relu=True)
+    out: Tensor = norm(x)
+    if residual is not None:
+        out += residual
+    return F.relu_(out)
 
 
 def group_norm_factory(num_groups: int = 32, dim_per_group: int = -1, eps: float = 1e-5) -> NormFactory:

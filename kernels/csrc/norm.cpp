@@ -117,7 +117,7 @@ template <typename S, typename T>
 void forward(const std::uintptr_t (&a)[5], int64_t outer, int64_t channels, int64_t inner, bool relu, int threads) {
   const Forward<S, T> pass{as_pointer<const S>(a[0]), as_pointer<const S>(a[3]), as_pointer<const T>(a[1]),
                            as_pointer<const T>(a[2]), as_pointer<S>(a[4]), relu};
-  if (a[4] != a[0]) roi_align::advise_large_pages(a[4], outer * channels * inner * static_cast<int64_t>(sizeof(S)));
+  if (a[4] != a[0]) advise_large_pages(a[4], outer * channels * inner * static_cast<int64_t>(sizeof(S)));
   sweep(pass, outer, channels, inner, threads);
 }
 
@@ -126,8 +126,8 @@ void backward(const std::uintptr_t (&a)[5], int64_t outer, int64_t channels, int
   const Backward<S, T> pass{as_pointer<const S>(a[0]), as_pointer<const S>(a[1]), as_pointer<const T>(a[2]),
                             as_pointer<S>(a[3]), as_pointer<S>(a[4])};
   const int64_t bytes = outer * channels * inner * static_cast<int64_t>(sizeof(S));
-  roi_align::advise_large_pages(a[3], bytes);
-  if (a[4]) roi_align::advise_large_pages(a[4], bytes);
+  advise_large_pages(a[3], bytes);
+  if (a[4]) advise_large_pages(a[4], bytes);
   sweep(pass, outer, channels, inner, threads);
 }
 

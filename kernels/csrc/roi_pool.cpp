@@ -144,8 +144,8 @@ int64_t forward(const Sizes& s, const S* input, const typename ComputeOf<S>::typ
   const auto groups = by_image(s, rois, wrong);
   if (wrong >= 0) return wrong;
   const int64_t bins = s.bins(), size = s.channels * bins;
-  roi_align::advise_large_pages(reinterpret_cast<std::uintptr_t>(out), s.rois * size * static_cast<int64_t>(sizeof(S)));
-  roi_align::advise_large_pages(reinterpret_cast<std::uintptr_t>(argmax), s.rois * size * 4);
+  advise_large_pages(reinterpret_cast<std::uintptr_t>(out), s.rois * size * static_cast<int64_t>(sizeof(S)));
+  advise_large_pages(reinterpret_cast<std::uintptr_t>(argmax), s.rois * size * 4);
   std::vector<Bins> ys(s.rois), xs(s.rois);
   std::vector<char> present(s.rois, 0);
   std::vector<int64_t> above(s.images, s.height), below(s.images, 0);
@@ -208,7 +208,7 @@ void backward(const Sizes& s, S* out, const typename ComputeOf<S>::type* rois, c
   int64_t wrong;
   const auto groups = by_image(s, rois, wrong);
   const int64_t bins = s.bins(), pixels = s.pixels();
-  roi_align::advise_large_pages(reinterpret_cast<std::uintptr_t>(out),
+  advise_large_pages(reinterpret_cast<std::uintptr_t>(out),
                                 s.images * s.channels * pixels * static_cast<int64_t>(sizeof(S)));
 #pragma omp parallel num_threads(s.threads(threads))
   {

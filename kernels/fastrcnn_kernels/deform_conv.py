@@ -6,18 +6,20 @@ Tap (i, j) of output position (oy, ox) reads the input at::
 
 bilinearly: a sample with y < -1, y >= H, x < -1 or x >= W is zero, and of one that lies across the border only the
 pixels inside count. The sample is multiplied by the mask, if there is one, and the convolution is the product of the
-weight with these columns. Offsets are [N, OG * K * 2, OH, OW], for each offset group and tap (row by row) first y, then
-x; the mask is [N, OG * K, OH, OW]. The channels divide into OG offset groups and, as in ``conv2d``, into weight groups.
+weight with these columns. Offsets are [N, OG * K * 2, OH, OW], for each offset group and tap (row by row) first y,
+then x; the mask is [N, OG * K, OH, OW]. The channels divide into OG offset groups and, as in ``conv2d``, into weight
+groups.
 
-A NaN offset gives a NaN sample, an infinite one lies outside. Coordinates and sums are float32 (float64 for float64) and
-are rounded once. Gradients of input, offset, mask, weight and bias; on the CPU and in Triton those of input, offset and
-mask are the same bits every time, whatever the number of threads. No second derivative.
+A NaN offset gives a NaN sample, an infinite one lies outside. Coordinates and sums are float32 (float64 for float64)
+and are rounded once. Gradients of input, offset, mask, weight and bias; nothing is added with atomics, so that they
+are the same every time as far as torch's matrix products are. No second derivative.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -88,7 +90,7 @@ class _Sampler:
         """(first position, number of positions), of nearly equal size."""
         count = -(-self.positions // self.chunk)
         bounds = [self.positions * i // count for i in range(count + 1)]
-        return [(a, b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [(a, b - a) for a, b in pairwise(bounds)]
 
     def kernels(self, weight: Tensor) -> Tensor:
         """The weight as [G, K * C / G, O / G], in the order of the columns."""
@@ -184,8 +186,8 @@ _forward_op = _library.define(
     triton="fastrcnn_kernels.triton.deform_conv:deform_conv2d",
 )
 _backward_op = _library.define(
-    "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor? mask, Tensor weight, int[] stride, "
-    "int[] padding, int[] dilation) -> (Tensor, Tensor, Tensor, Tensor)",
+    "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor? mask, Tensor weight, "
+    "int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.backward,
     fake=_backward_fake,
     cpp=_backward_cpp,
@@ -329,9 +331,7 @@ class DeformConv2d(nn.Module):
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tensors as in :func:`deform_conv2d` -> Tensor[N, O, OH, OW]."""
-        return deform_conv2d(
-            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
-        )
+        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
     def extra_repr(self) -> str:
         return (

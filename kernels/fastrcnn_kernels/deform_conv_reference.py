@@ -104,7 +104,9 @@ def forward(
     if mask is not None:
         columns = columns * mask.to(dtype).reshape(n, offset_groups, 1, kh * kw, oh * ow)
     columns = columns.reshape(n, groups, group_channels * kh * kw, oh * ow)
-    out = weight.to(dtype).reshape(groups, out_channels // groups, group_channels * kh * kw) @ columns  # [N, G, O / G, P]
+    out = (
+        weight.to(dtype).reshape(groups, out_channels // groups, group_channels * kh * kw) @ columns
+    )  # [N, G, O / G, P]
     out = out.reshape(n, out_channels, oh, ow)
     if bias is not None:
         out = out + bias.to(dtype)[:, None, None]

@@ -3,10 +3,10 @@
     scale = weight / sqrt(running_var + eps),  shift = bias - running_mean * scale
     out   = relu(x * scale + shift + residual)
 
-in one pass that reads each tensor once and writes one. Computed in float32 (float64 for float64) and rounded once. The
-statistics and the affine parameters are buffers: they get no gradient. The backward needs the output alone, where the
-ReLU let something through, and the output is kept by the convolution that reads it anyway. A NaN stays a NaN through the
-ReLU, and no gradient passes where the output is one.
+in one pass that reads each tensor once and writes one. Computed in float32 (float64 for float64) and rounded once.
+The statistics and the affine parameters are buffers: they get no gradient. The backward needs the output alone, where
+the ReLU let something through, and the output is kept by the convolution that reads it anyway. A NaN stays a NaN
+through the ReLU, and no gradient passes where the output is one.
 """
 
 from __future__ import annotations
@@ -85,9 +85,7 @@ def _cpp(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu:
     return out
 
 
-def _launch_cpp(
-    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool, out: Tensor
-) -> None:
+def _launch_cpp(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool, out: Tensor) -> None:
     layout = _layout(out)
     residual = None if residual is None else residual.contiguous(memory_format=layout)
     _library.extension().scale_shift(
@@ -170,7 +168,12 @@ def frozen_batch_norm(
     """
     if x.dim() != 4 or not x.dtype.is_floating_point:
         raise ValueError(f"x must be floating-point [N, C, H, W], got {x.dtype}{list(x.shape)}")
-    for tensor, name in ((weight, "weight"), (bias, "bias"), (running_mean, "running_mean"), (running_var, "running_var")):
+    for tensor, name in (
+        (weight, "weight"),
+        (bias, "bias"),
+        (running_mean, "running_mean"),
+        (running_var, "running_var"),
+    ):
         if tensor.shape != x.shape[1:2] or tensor.device != x.device:
             raise ValueError(
                 f"{name} must be [{x.shape[1]}] on {x.device}, got {list(tensor.shape)} on {tensor.device}"

@@ -1,16 +1,17 @@
 """RoIPool (Fast R-CNN, Girshick, 2015): the highest value of each bin of a region, with torchvision's numbers.
 
-A region (x1, y1, x2, y2) is scaled, rounded to whole pixels (halves away from zero) and taken with both ends included, at
-least one pixel wide and high; bin i of PH along y reads the rows ::
+A region (x1, y1, x2, y2) is scaled, rounded to whole pixels (halves away from zero) and taken with both ends
+included, at least one pixel wide and high; bin i of PH along y reads the rows ::
 
     floor(i * h / PH) + y1  up to, not including,  ceil((i + 1) * h / PH) + y1        h = y2 - y1 + 1
 
-clamped to the map, in float32 (float64 for float64 features), each operation rounded, so that every implementation reads
-the same pixels. The first of equal values in the order of rows wins. A NaN is never the highest; a bin of nothing but NaN
-and -inf gives the lowest finite number and no gradient (torchvision's numbers), a bin without pixels gives 0.
+clamped to the map, in float32 (float64 for float64 features), each operation rounded, so that every implementation
+reads the same pixels. The first of equal values in the order of rows wins. A NaN is never the highest; a bin of
+nothing but NaN and -inf gives the lowest finite number and no gradient (torchvision's numbers), a bin without pixels
+gives 0.
 
-Beyond torchvision: a region whose image index is negative, or with a NaN or an infinite coordinate, is absent (zeros, no
-gradient). The gradient goes to the pixel that won; it is the same, bit for bit, every time.
+Beyond torchvision: a region whose image index is negative, or with a NaN or an infinite coordinate, is absent (zeros,
+no gradient). The gradient goes to the pixel that won; it is the same, bit for bit, every time.
 """
 
 from __future__ import annotations

@@ -150,9 +150,7 @@ class Case:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         taps, (oh, ow) = self.kernel[0] * self.kernel[1], self.output_size
         spread = {"near": 1.5, "far": 8.0, "whole": 2.0, "zero": 0.0}[self.kind]
-        offset = torch.randn(
-            self.images, self.offset_groups * 2 * taps, oh, ow, generator=random, dtype=torch.float64
-        )
+        offset = torch.randn(self.images, self.offset_groups * 2 * taps, oh, ow, generator=random, dtype=torch.float64)
         step = 1.0 if self.kind == "whole" else 16.0
         offset = (offset * spread * step).round() / step
         return {

@@ -115,7 +115,9 @@ def test_torchvision(place: Place) -> None:
     """Same call, same numbers: forward and all gradients."""
     ops = pytest.importorskip("torchvision", reason="torchvision is not installed").ops
     for case in CASES[:6]:
-        t = {k: None if v is None else v.to(place.device).requires_grad_() for k, v in case.inputs(torch.float32).items()}
+        t = {
+            k: None if v is None else v.to(place.device).requires_grad_() for k, v in case.inputs(torch.float32).items()
+        }
         wanted = [t[name] for name in ("input", "offset", "weight", "mask", "bias") if t[name] is not None]
         results = []
         for function in (deform_conv2d, ops.deform_conv2d):

@@ -25,7 +25,9 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, last: bool, device: str) 
     random = torch.Generator().manual_seed(sum(shape))
     layout = torch.channels_last if last else torch.contiguous_format
     maps = [torch.randn(shape, generator=random, dtype=torch.float64) for _ in range(3)]
-    buffers = [torch.randn(shape[1], generator=random) for _ in range(3)] + [torch.rand(shape[1], generator=random) + 0.3]
+    buffers = [torch.randn(shape[1], generator=random) for _ in range(3)] + [
+        torch.rand(shape[1], generator=random) + 0.3
+    ]
     return [m.to(device, dtype).contiguous(memory_format=layout) for m in maps], [b.to(device) for b in buffers]
 
 
@@ -66,9 +68,9 @@ def test_forward_and_gradients(place: Place, index: int) -> None:
             truth[1:] = [torch.where(agree, t, 0.0) for t in truth[1:]]
             same[1:] = [torch.where(agree, s, 0.0) for s in same[1:]]
         for i, (ours, exact, torchs) in enumerate(zip(results, truth, same, strict=True)):
-            # A unit in the last place of the result; the interpreter truncates bfloat16 where a GPU rounds.
-            ulps = 2 if dtype == torch.bfloat16 and place == Place("triton", "cpu") else 1
-            atol = ulps * torch.finfo(dtype).eps * exact.abs().max().item()
+            # Summands larger than the result; the interpreter truncates bfloat16 where a GPU rounds.
+            ulps = 16 if dtype in (torch.float32, torch.float64) else 2 if place == Place("triton", "cpu") else 1
+            atol = ulps * torch.finfo(dtype).eps * max(1.0, exact.abs().max().item())
             assert_within_twice_torch(ours, exact, torchs, atol, f"{dtype}, result {i}")
 
 

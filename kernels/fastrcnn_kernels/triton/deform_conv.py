@@ -1,10 +1,10 @@
 """Deformable convolution forward as one implicit matrix product; the rules are in ``fastrcnn_kernels/deform_conv.py``.
 
-A program owns BLOCK_P output positions and BLOCK_O output channels. For each tap and block of input channels it samples
-a tile of columns into registers and multiplies it on tensor cores: columns never go to memory. What is sampled again for
-each block of output channels comes from L2, so BLOCK_O is as large as the registers allow. Maps are read in contiguous
-runs of channels: an NCHW map is put into channels_last first, once for all taps and corners. float32 products are exact (no TF32). The gradient is in
-``deform_conv_backward.py``.
+A program owns BLOCK_P output positions and BLOCK_O output channels. For each tap and block of input channels it
+samples a tile of columns into registers and multiplies it on tensor cores: columns never go to memory. What is
+sampled again for each block of output channels comes from L2, so BLOCK_O is as large as the registers allow. Maps are
+read in contiguous runs of channels: an NCHW map is put into channels_last first, once for all taps and corners.
+float32 products are exact (no TF32). The gradient is in ``deform_conv_backward.py``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from torch import Tensor
 from fastrcnn_kernels.triton._launch import CompileCase, device_guard
 
 TYPE_NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_OPERANDS = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_OPERANDS = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
 SIZES = ["positions", "height", "width", "out_height", "out_width"]
 
 
@@ -53,7 +58,7 @@ def read_corner(
     image_ptr, low_y, low_x, outside, channel, in_channels, height, width, CHANNELS: tl.constexpr,
     DOWN: tl.constexpr, RIGHT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """[positions, channels] of one of the four pixels of each sample, zero where there is none. image_ptr: [positions]"""
+    """[positions, channels] of one of the four pixels of each sample, zero where none is. image_ptr: [positions]"""
     row = low_y + DOWN
     column = low_x + RIGHT
     valid = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (outside == 0)
@@ -253,9 +258,7 @@ def _case(
         "input_ptr": name, "offset_ptr": moved, "mask_ptr": moved, "weight_ptr": name, "bias_ptr": name,
         "out_ptr": name, **dict.fromkeys(SIZES, "i32"),
     }  # fmt: skip
-    constants = constants_of(
-        channels, channels // groups, 1, (3, 3), [1, 1], [1, 1], [1, 1], masked, dtype
-    )
+    constants = constants_of(channels, channels // groups, 1, (3, 3), [1, 1], [1, 1], [1, 1], masked, dtype)
     blocks, options = _blocks(channels, channels // groups, 1, channels, dtype)
     constants = {**constants, **blocks, "BIASED": masked, "CHANNELS_LAST": channels_last}
     label = f"{TYPE_NAMES[dtype]}-{'nhwc' if channels_last else 'nchw'}-C{channels}{'-mask' if masked else ''}"

@@ -1,12 +1,12 @@
 """Gradient of the deformable convolution, without atomics; rules in ``fastrcnn_kernels/deform_conv.py``.
 
 The gradient of the columns is a matrix product. From it one kernel makes the gradients of offsets and mask (a program
-owns a block of positions at one tap, and all channels of the offset group), the columns themselves, whose product with
-the output's gradient is the weight's, and for each sample its cell, the pixel of its low corner, and four weights. The
-samples are sorted by cell, stably, and a second kernel gathers: a program owns 16 pixels and adds, in order, the samples
-of the four cells that touch each. So every pixel is written once, the same bits every time; the price against atomics is
-the sort of N * OG * K * OH * OW integers and reading each gradient of a column four times, mostly from L2. Images are
-taken in chunks that bound the memory of the columns.
+owns a block of positions at one tap, and all channels of the offset group), the columns themselves, whose product
+with the output's gradient is the weight's, and for each sample its cell, the pixel of its low corner, and four
+weights. The samples are sorted by cell, stably, and a second kernel gathers: a program owns 16 pixels and adds, in
+order, the samples of the four cells that touch each. So every pixel is written once, the same bits every time; the
+price against atomics is the sort of N * OG * K * OH * OW integers and reading each gradient of a column four times,
+mostly from L2. Images are taken in chunks that bound the memory of the columns.
 """
 
 from __future__ import annotations
@@ -253,9 +253,7 @@ def _cases(
 ) -> list[CompileCase]:
     name, moved = f"*{TYPE_NAMES[dtype]}", f"*{TYPE_NAMES[moves]}"
     compute = "*fp64" if dtype == torch.float64 else "*fp32"
-    constants = constants_of(
-        channels, channels // groups, 1, (3, 3), [1, 1], [1, 1], [1, 1], masked, dtype
-    )
+    constants = constants_of(channels, channels // groups, 1, (3, 3), [1, 1], [1, 1], [1, 1], masked, dtype)
     label = f"{TYPE_NAMES[dtype]}-{'nhwc' if channels_last else 'nchw'}-C{channels}{'-mask' if masked else ''}"
     samples = {
         "input_ptr": name, "offset_ptr": moved, "mask_ptr": moved, "grad_columns_ptr": name, "columns_ptr": name,

@@ -1,9 +1,9 @@
 """RoIPool and its gradient; the rules are in ``fastrcnn_kernels/roi_pool.py``.
 
-Forward: one program for each region, row of bins and block of channels. Backward, without atomics: one program for each
-tile of 8 x 8 pixels and block of channels walks the regions of its image in their order, and of those that touch the tile
-the bins that do, and takes the gradients whose winner lies in it. Every pixel is written once, the same bits every time.
-Products are not fused into sums, so that every implementation reads the same pixels.
+Forward: one program for each region, row of bins and block of channels. Backward, without atomics: one program for
+each tile of 8 x 8 pixels and block of channels walks the regions of its image in their order, and of those that touch
+the tile the bins that do, and takes the gradients whose winner lies in it. Every pixel is written once, the same bits
+every time. Products are not fused into sums, so that every implementation reads the same pixels.
 """
 
 from __future__ import annotations
