@@ -82,6 +82,8 @@ def roi_pool_reference(
     shape = (rois.shape[0], channels, pooled_height, pooled_width)
     out = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
     argmax = torch.empty(shape, dtype=torch.int32, device=input.device, memory_format=layout)
+    if num_images == 0:
+        return out.zero_(), argmax.fill_(-1)
     lowest = torch.finfo(input.dtype).min
     rows, columns = (torch.arange(extent, device=input.device) for extent in (height, width))
     step = max(1, _CHUNK_ELEMENTS // max(1, channels * height * width))
@@ -123,14 +125,15 @@ def roi_pool_backward_reference(
     """Every output gradient is added to the pixel that won. [N, C, H, W]"""
     dtype = _compute_dtype(grad.dtype)
     num_rois, channels = grad.shape[:2]
-    layout = torch.channels_last if _is_channels_last(argmax) else torch.contiguous_format
-    image = torch.where(rois[:, 0] >= 0, rois[:, 0], 0.0).long().clamp(max=max(0, num_images - 1))  # [K]
+    out = _backward_fake(grad, rois, argmax, num_images, height, width)
+    if num_images == 0:
+        return out
+    image = torch.where(rois[:, 0] >= 0, rois[:, 0], 0.0).long().clamp(max=num_images - 1)  # [K]
     plane = image[:, None] * channels + torch.arange(channels, device=grad.device)  # [K, C]
     spot = plane[:, :, None] * (height * width) + argmax.clamp(min=0).reshape(num_rois, channels, -1)
     values = torch.where(argmax >= 0, grad.to(dtype), 0.0).reshape(num_rois, channels, -1)
     flat = torch.zeros(num_images * channels * height * width, dtype=dtype, device=grad.device)
     flat.index_add_(0, spot.flatten(), values.flatten())
-    out = torch.empty((num_images, channels, height, width), dtype=grad.dtype, device=grad.device, memory_format=layout)
     return out.copy_(flat.view(out.shape))
 
 
