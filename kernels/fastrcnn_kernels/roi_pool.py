@@ -124,14 +124,14 @@ def roi_pool_backward_reference(
 ) -> Tensor:
     """Every output gradient is added to the pixel that won. [N, C, H, W]"""
     dtype = _compute_dtype(grad.dtype)
-    num_rois, channels = grad.shape[:2]
+    channels = grad.shape[1]
     out = _backward_fake(grad, rois, argmax, num_images, height, width)
     if num_images == 0:
         return out
     image = torch.where(rois[:, 0] >= 0, rois[:, 0], 0.0).long().clamp(max=num_images - 1)  # [K]
     plane = image[:, None] * channels + torch.arange(channels, device=grad.device)  # [K, C]
-    spot = plane[:, :, None] * (height * width) + argmax.clamp(min=0).reshape(num_rois, channels, -1)
-    values = torch.where(argmax >= 0, grad.to(dtype), 0.0).reshape(num_rois, channels, -1)
+    spot = plane[:, :, None] * (height * width) + argmax.clamp(min=0).flatten(2)
+    values = torch.where(argmax >= 0, grad.to(dtype), 0.0).flatten(2)
     flat = torch.zeros(num_images * channels * height * width, dtype=dtype, device=grad.device)
     flat.index_add_(0, spot.flatten(), values.flatten())
     return out.copy_(flat.view(out.shape))
