@@ -23,6 +23,8 @@ void bind_rasterize(py::module_& m);
 void bind_rasterize_bitmaps(py::module_& m);
 void bind_roi_align(py::module_& m);
 void bind_roi_pool(py::module_& m);
+void bind_rpn_head_loss(py::module_& m);
+void bind_rpn_loss(py::module_& m);
 void bind_sampler(py::module_& m);
 void bind_soft_nms(py::module_& m);
 
@@ -50,6 +52,8 @@ PYBIND11_MODULE(_C, m) {
   bind_rasterize_bitmaps(m);
   bind_roi_align(m);
   bind_roi_pool(m);
+  bind_rpn_head_loss(m);
+  bind_rpn_loss(m);
   bind_sampler(m);
   bind_soft_nms(m);
 }

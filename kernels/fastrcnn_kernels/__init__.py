@@ -33,6 +33,8 @@ from fastrcnn_kernels.rasterize import rasterize_polygons
 from fastrcnn_kernels.rasterize_bitmaps import rasterize_bitmaps
 from fastrcnn_kernels.roi_align import MultiScaleRoIAlign, RoIAlign, assign_levels, multiscale_roi_align, roi_align
 from fastrcnn_kernels.roi_pool import RoIPool, roi_pool
+from fastrcnn_kernels.rpn_head_loss import rpn_head_loss, rpn_head_outputs
+from fastrcnn_kernels.rpn_loss import rpn_loss
 from fastrcnn_kernels.sampler import image_seeds, sample_balanced
 from fastrcnn_kernels.soft_nms import soft_nms
 
@@ -90,6 +92,9 @@ __all__ = [
     "resize_image",
     "roi_align",
     "roi_pool",
+    "rpn_head_loss",
+    "rpn_head_outputs",
+    "rpn_loss",
     "sample_balanced",
     "set_backend",
     "sigmoid_focal_loss",
