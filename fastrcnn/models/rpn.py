@@ -6,6 +6,7 @@ Nothing here asks the device for a size: every tensor has a shape known from the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import fastrcnn_kernels as kernels
 from fastrcnn.conventions import Convention
 from fastrcnn.models.anchors import AnchorGenerator
-from fastrcnn.models.layers import at_least_float32, normal_init
+from fastrcnn.models.layers import normal_init
 from fastrcnn.structures import ImageList, Proposals, Targets
 
 SAMPLING_STREAM = 1
@@ -33,12 +34,18 @@ class RPNHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Per level: objectness logits [N, A, H, W] and deltas [N, 4A, H, W]."""
-        objectness, deltas = [], []
+        objectness: list[Tensor] = []
+        deltas: list[Tensor] = []
         for feature in features:
             hidden = F.relu_(self.conv(feature))
             objectness.append(self.cls_logits(hidden))
             deltas.append(self.bbox_pred(hidden))
         return objectness, deltas
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """Weight and bias of the 3x3 convolution, of the objectness and of the deltas."""
+        return tuple(p for layer in (self.conv, self.cls_logits, self.bbox_pred) for p in (layer.weight, layer.bias))
 
 
 class RPN(nn.Module):
@@ -51,6 +58,8 @@ class RPN(nn.Module):
         fpn_post_nms_top_n: proposals over all levels; in training over the whole batch if ``per_batch``, which is
             maskrcnn-benchmark's rule (and makes the number an image gets depend on its neighbours), else an image.
         nms_thresh, min_size: of NMS; the shortest side of a proposal.
+        sparse_backward: take the gradient of the losses through the head at the sampled positions alone. Exact, and
+            its backward takes a tenth of the time of the dense one, which False chooses.
     """
 
     def __init__(
@@ -69,6 +78,7 @@ class RPN(nn.Module):
         per_batch: bool = True,
         nms_thresh: float = 0.7,
         min_size: float = 0,
+        sparse_backward: bool = True,
     ) -> None:
         super().__init__()
         self.anchor_generator = anchor_generator
@@ -79,6 +89,7 @@ class RPN(nn.Module):
         self.pre_nms_top_n, self.post_nms_top_n = pre_nms_top_n, post_nms_top_n
         self.fpn_post_nms_top_n, self.per_batch = fpn_post_nms_top_n, per_batch
         self.nms_thresh, self.min_size = nms_thresh, min_size
+        self.sparse_backward = sparse_backward
 
     def forward(
         self,
@@ -95,7 +106,9 @@ class RPN(nn.Module):
             seeds: int64 [N], of the random sample of each image; needed with targets.
             with_proposals: False for a model that trains nothing but the RPN.
         """
-        objectness, deltas = self.head(features)
+        # The gradient of the losses does not go through the dense outputs where it is taken sparsely.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.sparse_backward):
+            objectness, deltas = self.head(features)
         proposals = None
         if with_proposals:
             with torch.no_grad():
@@ -104,58 +117,46 @@ class RPN(nn.Module):
         if targets is not None:
             if seeds is None:
                 raise ValueError("RPN: training needs seeds")
-            objectness = [_flatten(level, 1).squeeze(-1) for level in objectness]  # each [N, A_l]
-            deltas = [_flatten(level, 4) for level in deltas]  # each [N, A_l, 4]
-            grid_sizes = [(f.shape[-2], f.shape[-1]) for f in features]
-            anchors = self.anchor_generator(features)
-            losses = self.losses(images, anchors, grid_sizes, objectness, deltas, targets, seeds)
+            losses = self.losses(images, features, objectness, deltas, targets, seeds)
         return proposals, losses
 
     def losses(
         self,
         images: ImageList,
-        anchors: Sequence[Tensor],
-        grid_sizes: Sequence[tuple[int, int]],
+        features: Sequence[Tensor],
         objectness: Sequence[Tensor],
         deltas: Sequence[Tensor],
         targets: Targets,
         seeds: Tensor,
     ) -> dict[str, Tensor]:
-        """Binary cross entropy and smooth L1 over a balanced sample of anchors, both divided by the sample's size."""
-        all_anchors = torch.cat(list(anchors)).to(targets.boxes.dtype)  # [A, 4]
+        """Binary cross entropy and smooth L1 over a balanced sample of anchors, both divided by the sample's size.
+
+        ``objectness`` and ``deltas`` are the head's outputs [N, A, H, W] and [N, 4 A, H, W] of each level.
+        """
         with torch.no_grad():
             matched = self.anchor_generator.match(
                 targets,
-                grid_sizes,
+                [(f.shape[-2], f.shape[-1]) for f in features],
                 images.sizes,
                 high_threshold=self.fg_iou_threshold,
                 low_threshold=self.bg_iou_threshold,
                 box_offset=self.convention.box_offset,
             )  # [N, A]
-            indices, num_positive, num_sampled = kernels.sample_balanced(
+            sample = kernels.sample_balanced(
                 matched, self.batch_size_per_image, self.positive_fraction, seeds, first_positive=0
-            )  # [N, B], [N], [N]
-            slot = torch.arange(indices.shape[1], device=indices.device)
-            positive = slot < num_positive[:, None]  # [N, B]
-            sampled = slot < num_sampled[:, None]  # [N, B]
-            indices = indices.clamp(min=0)
-            sampled_gt = matched.gather(1, indices).clamp(min=0)  # [N, B]
-            gt_boxes = targets.boxes.gather(1, sampled_gt[..., None].expand(-1, -1, 4))  # [N, B, 4]
-            regression_targets = kernels.encode_boxes(
-                gt_boxes, all_anchors[indices], box_offset=self.convention.box_offset
-            )  # [N, B, 4]
-            normaliser = num_sampled.sum().clamp(min=1)
-        logits = at_least_float32(torch.cat(list(objectness), dim=1).gather(1, indices))  # [N, B]
-        predicted = torch.cat(list(deltas), dim=1).gather(1, indices[..., None].expand(-1, -1, 4))  # [N, B, 4]
-        objectness_loss = F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), reduction="none")
-        box_loss = kernels.smooth_l1_loss(
-            at_least_float32(predicted), regression_targets, beta=self.convention.rpn_box_beta
-        )
-        # where(), not multiplication: an unused slot must not turn an infinity into a NaN
-        return {
-            "loss_objectness": torch.where(sampled, objectness_loss, 0).sum() / normaliser,
-            "loss_rpn_box_reg": torch.where(positive[..., None], box_loss, 0).sum() / normaliser,
+            )  # indices [N, B], number of positives [N], of all sampled [N]
+        arguments = (objectness, deltas, *sample, matched, targets.boxes)
+        rules: dict[str, Any] = {
+            "cells": self.anchor_generator.cells,
+            "strides": self.anchor_generator.strides,
+            "beta": self.convention.rpn_box_beta,
+            "box_offset": self.convention.box_offset,
         }
+        if self.sparse_backward:
+            objectness_loss, box_loss = kernels.rpn_head_loss(features, *self.head.weights, *arguments, **rules)
+        else:
+            objectness_loss, box_loss = kernels.rpn_loss(*arguments, **rules)
+        return {"loss_objectness": objectness_loss, "loss_rpn_box_reg": box_loss}
 
     def propose(
         self,
@@ -185,13 +186,6 @@ class RPN(nn.Module):
         )
         proposals = Proposals(boxes=boxes, scores=scores, count=count)
         return _append(proposals, targets) if self.training and targets is not None else proposals
-
-
-def _flatten(level: Tensor, values: int) -> Tensor:
-    """[N, A * values, H, W] -> [N, H * W * A, values], the order of the anchors."""
-    n, channels, height, width = level.shape
-    level = level.view(n, channels // values, values, height, width)
-    return level.permute(0, 3, 4, 1, 2).reshape(n, -1, values)
 
 
 def _append(proposals: Proposals, targets: Targets) -> Proposals:

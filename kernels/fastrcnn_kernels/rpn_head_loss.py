@@ -31,7 +31,7 @@ _ELEMENT_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bf
 def _neighbours(
     indices: Tensor, shapes: Sequence[tuple[int, int]], num_anchors: int
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each level: row and column [N, B, 9] of the neighbourhood of each slot's position, and where it is a pixel."""
+    """For each level row and column [N, B, 9] of the slots' neighbourhoods, and where that is a pixel."""
     step = torch.arange(9, device=indices.device)  # [9]
     first, found = 0, []
     for height, width in shapes:
@@ -60,7 +60,7 @@ def scatter_reference(
     rows: Tensor, indices: Tensor, sizes: list[int], num_anchors: int, channels_last: bool
 ) -> list[Tensor]:
     """The specification: patches [N * B, 9 C] added where they came from -> [N, C, H, W] a level."""
-    images, slots = indices.shape
+    images = indices.shape[0]
     dtype = rpn_loss.compute_dtype(rows.dtype)
     channels = rows.shape[1] // 9
     taps = rows.view(-1, 9, channels) if channels_last else rows.view(-1, channels, 9).transpose(1, 2)  # [R, 9, C]
