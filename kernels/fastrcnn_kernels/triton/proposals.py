@@ -149,10 +149,9 @@ def _cut_kernel(
     wanted = tl.minimum(total, top_n)
     prefix = (top_n * 0).to(tl.uint64) if KEY_BITS == 64 else (top_n * 0).to(tl.uint32)
     if wanted > 0:
-        for i in tl.static_range(PASSES):
-            high: tl.constexpr = KEY_BITS - DIGIT * i
-            low: tl.constexpr = high - DIGIT if high > DIGIT else 0
-            digits: tl.constexpr = 1 << (high - low)
+        high = top_n * 0 + KEY_BITS
+        for _ in range(PASSES):
+            low = tl.maximum(high - DIGIT, 0)
             counts = tl.zeros([1 << DIGIT], dtype=tl.int32)
             for start in range(0, segments * survivors, BLOCK):
                 at = start + tl.arange(0, BLOCK)
@@ -160,11 +159,15 @@ def _cut_kernel(
                 there = at < segments * survivors
                 there = there & (at % survivors < tl.load(count_ptr + of, mask=there, other=0))
                 key = _kept_keys(keys_ptr, keep_ptr, of, at % survivors, there, candidates, survivors)
-                if i > 0:
-                    there = there & ((key >> high) == prefix)
-                counts += tl.histogram(((key >> low).to(tl.int32) & (digits - 1)), 1 << DIGIT, mask=there)
+                # A shift by all the bits is not defined: before the first pass everything matches.
+                above = (key >> tl.minimum(high, KEY_BITS - 1).to(key.dtype)) == prefix
+                there = there & ((high == KEY_BITS) | above)
+                counts += tl.histogram(
+                    (key >> low.to(key.dtype)).to(tl.int32) & ((1 << (high - low)) - 1), 1 << DIGIT, mask=there
+                )
             digit, wanted = find_digit(counts, wanted)
-            prefix = (prefix << (high - low)) | digit.to(prefix.dtype)
+            prefix = (prefix << (high - low).to(prefix.dtype)) | digit.to(prefix.dtype)
+            high = low
     # `wanted` is now how many of those that equal the threshold are taken.
     for segment in range(segments):
         above = top_n * 0
