@@ -106,6 +106,15 @@ def strings_from_places(places: Tensor, ends: Tensor, total: int) -> tuple[Tenso
     return _as_tensor(data), offsets
 
 
+def _paste_masks_rle_triton(
+    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float, padding: int, convention: str
+) -> tuple[Tensor, Tensor]:
+    from fastrcnn_kernels.triton import paste_rle as launcher
+
+    places, ends = launcher.mask_changes(masks, boxes, height, width, threshold, padding, is_continuous(convention))
+    return strings_from_places(places.cpu(), ends.cpu(), height * width)
+
+
 def _paste_masks_rle_fake(
     masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float, padding: int, convention: str
 ) -> tuple[Tensor, Tensor]:
@@ -121,7 +130,7 @@ _paste_masks_rle = _library.define(
     "str convention) -> (Tensor, Tensor)",
     reference=_paste_masks_rle_reference,
     cpp=_paste_masks_rle_cpp,
-    triton="fastrcnn_kernels.triton.paste_rle:paste_masks_rle",
+    triton="fastrcnn_kernels.paste_rle:_paste_masks_rle_triton",
     fake=_paste_masks_rle_fake,
 )
 

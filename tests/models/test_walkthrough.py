@@ -32,11 +32,9 @@ def walk():
     for name, module in {
         "features": model.backbone,
         "rpn_head": model.rpn.head,
-        "anchors": model.rpn.anchor_generator,
         "box_features": box.feature_extractor,
         "box_predictor": box.predictor,
         "mask_features": mask.feature_extractor,
-        "mask_logits": mask.predictor,
     }.items():
         module.register_forward_hook(record(name))
     sample, draw = box.sample, fastrcnn_kernels.sample_balanced
@@ -54,7 +52,7 @@ def walk():
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(fastrcnn_kernels, "sample_balanced", recorded_draw)
         seen["losses"] = model(images, targets)
-    seen["images"] = images
+    seen["images"], seen["model"] = images, model
     return seen
 
 
@@ -67,7 +65,8 @@ def test_features_and_rpn_outputs(walk):
     objectness, deltas = walk["rpn_head"]
     assert [tuple(x.shape) for x in objectness] == [(2, 3, h, w) for h, w in LEVELS]
     assert [tuple(x.shape) for x in deltas] == [(2, 12, h, w) for h, w in LEVELS]
-    assert [len(a) for a in walk["anchors"]] == [201600, 50400, 12600, 3150, 819]
+    anchors = walk["model"].rpn.anchor_generator(walk["features"])
+    assert [len(a) for a in anchors] == [201600, 50400, 12600, 3150, 819]
 
 
 def test_rpn_samples(walk):
@@ -92,7 +91,9 @@ def test_box_head_shapes(walk):
 def test_mask_head_shapes(walk):
     positives = int(walk["sampled"].num_positive.sum())
     assert tuple(walk["mask_features"].shape) == (positives, 256, 14, 14)
-    assert tuple(walk["mask_logits"].shape) == (positives, 81, 28, 28)
+    # Training computes each region's own class alone; the predictor called as a module gives them all.
+    logits = walk["model"].roi_heads["mask"].predictor(walk["mask_features"][:2])
+    assert tuple(logits.shape) == (2, 81, 28, 28)
 
 
 def test_losses(walk):

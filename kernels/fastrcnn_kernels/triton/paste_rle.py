@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrcnn_kernels.paste_rle import strings_from_places
 from fastrcnn_kernels.triton._launch import CompileCase, device_guard
 from fastrcnn_kernels.triton.paste import axis_cells, axis_region, blended, geometry_constants
 
@@ -108,18 +107,21 @@ def _changes(
     return rows, counts
 
 
-def paste_masks_rle(
-    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float, padding: int, convention: str
+def mask_changes(
+    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float, padding: int, continuous: bool
 ) -> tuple[Tensor, Tensor]:
-    """Launcher of ``fastrcnn_kernels::paste_masks_rle``. Waits for the GPU: the result is on the host."""
+    """Where each pasted mask changes, down its columns: places int64 [n], mask after mask, and ends int64 [K].
+
+    Waits for the GPU: their number depends on the data.
+    """
     count = masks.shape[0]
     if 0 in (count, height, width):
-        nothing = torch.zeros(count, dtype=torch.int64)
-        return strings_from_places(nothing[:0], nothing, height * width)
+        nothing = torch.zeros(count, dtype=torch.int64, device=masks.device)
+        return nothing[:0], nothing
     masks, boxes = masks.contiguous(), boxes.float().contiguous()
     if masks.dtype == torch.float64:
         masks = masks.float()
-    continuous, capacity = convention == "detectron2", _CAPACITY
+    capacity = _CAPACITY
     rows, counts = _changes(masks, boxes, height, width, threshold, padding, continuous, capacity)
     most = int(counts.max())
     if most > capacity:
@@ -129,7 +131,7 @@ def paste_masks_rle(
     places = (rows + (column * height)[None, None, :]).transpose(1, 2)  # [K, W, capacity]
     written = torch.arange(capacity, device=masks.device) < counts[..., None]
     ends = counts.sum(dim=1, dtype=torch.int64).cumsum(0)
-    return strings_from_places(places[written].cpu(), ends.cpu(), height * width)
+    return places[written], ends
 
 
 def _case(continuous: bool) -> CompileCase:
