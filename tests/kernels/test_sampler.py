@@ -265,7 +265,7 @@ def test_threads_and_long_rows(threads: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 33])
 def test_image_seeds_equal_loops(device: torch.device, count: int) -> None:
-    ids = torch.cat([torch.tensor([-1, 2**40 + 3]), torch.arange(count)])[-count:]
+    ids = torch.cat([torch.tensor([-1, 2**40 + 3]), torch.arange(count)])[:count]
     for seed, step, stream in ((0, 0, 0), (-5, 2**31 + 1, 7), (2**63 + 9, -1, 2**31)):
         key = [seed % 2**32, (seed >> 32) % 2**32]
         expected = []
