@@ -52,7 +52,7 @@ CASES = [Case(torch.float32, False), Case(torch.float32, True), Case(torch.bfloa
 
 
 @lru_cache(maxsize=1)
-def make_sample(device: torch.device) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
+def make_sample(device: torch.device) -> tuple[dict[str, Any], list[Tensor], Tensor]:
     """What both losses need: sampled anchors and ground truth, the cells of the levels, and all anchors."""
     g = torch.Generator().manual_seed(1)
     ratio = torch.tensor([0.5, 1.0, 2.0])
@@ -84,7 +84,7 @@ def in_one_list(maps: list[Tensor], values: int) -> Tensor:
     return torch.cat(flat, 1)
 
 
-def eager_loss(objectness: list[Tensor], deltas: list[Tensor], sample: dict[str, Tensor], anchors: Tensor) -> Tensor:
+def eager_loss(objectness: list[Tensor], deltas: list[Tensor], sample: dict[str, Any], anchors: Tensor) -> Tensor:
     image = torch.arange(IMAGES, device=anchors.device)[:, None]
     indices, positive = sample["indices"], sample["indices"][:, :POSITIVES]
     logits = in_one_list(objectness, 1)[image, indices, 0].float()
@@ -146,10 +146,10 @@ def bench_rpn_head_loss(benchmark: Any, device: torch.device, case: Case, provid
 
     def sparse() -> Tensor:
         with torch.no_grad():
-            outputs = rpn_head_outputs(features, *(p.to(case.dtype) for p in parameters))
+            objectness, deltas = rpn_head_outputs(features, *(p.to(case.dtype) for p in parameters))
         losses = rpn_head_loss(
-            features, *parameters, *outputs, **sample, cells=cells, strides=STRIDES, beta=BETA
-        )  # fmt: skip
+            features, *parameters, objectness, deltas, **sample, cells=cells, strides=STRIDES, beta=BETA
+        )
         return torch.stack(losses)
 
     def dense() -> Tensor:
