@@ -66,11 +66,13 @@ class MaskRCNNC4Predictor(nn.Module):
     def loss(self, x: Tensor, labels: Tensor, targets: Tensor, normaliser: Tensor) -> Tensor:
         """Binary cross entropy of the masks [K, M, M] of the classes ``labels``; a negative label is padding."""
         last = self.mask_fcn_logits
+        assert last.bias is not None
         return kernels.mask_loss(self.conv5_mask(x), last.weight, last.bias, labels, targets, normaliser, relu=True)
 
     def class_logits(self, x: Tensor, labels: Tensor) -> Tensor:
         """The logits [K, M, M] of the classes ``labels``, at least float32. No gradient."""
         last = self.mask_fcn_logits
+        assert last.bias is not None
         return kernels.mask_class_logits(self.conv5_mask(x), last.weight, last.bias, labels, relu=True)
 
 

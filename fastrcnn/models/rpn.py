@@ -45,7 +45,8 @@ class RPNHead(nn.Module):
     @property
     def weights(self) -> tuple[Tensor, ...]:
         """Weight and bias of the 3x3 convolution, of the objectness and of the deltas."""
-        return tuple(p for layer in (self.conv, self.cls_logits, self.bbox_pred) for p in (layer.weight, layer.bias))
+        layers = (self.conv, self.cls_logits, self.bbox_pred)
+        return tuple(p for layer in layers for p in (layer.weight, layer.bias) if p is not None)
 
 
 class RPN(nn.Module):
@@ -145,7 +146,7 @@ class RPN(nn.Module):
             sample = kernels.sample_balanced(
                 matched, self.batch_size_per_image, self.positive_fraction, seeds, first_positive=0
             )  # indices [N, B], number of positives [N], of all sampled [N]
-        arguments = (objectness, deltas, *sample, matched, targets.boxes)
+        arguments: tuple[Any, ...] = (objectness, deltas, *sample, matched, targets.boxes)
         rules: dict[str, Any] = {
             "cells": self.anchor_generator.cells,
             "strides": self.anchor_generator.strides,
@@ -153,7 +154,8 @@ class RPN(nn.Module):
             "box_offset": self.convention.box_offset,
         }
         if self.sparse_backward:
-            objectness_loss, box_loss = kernels.rpn_head_loss(features, *self.head.weights, *arguments, **rules)
+            arguments = (features, *self.head.weights, *arguments)
+            objectness_loss, box_loss = kernels.rpn_head_loss(*arguments, **rules)
         else:
             objectness_loss, box_loss = kernels.rpn_loss(*arguments, **rules)
         return {"loss_objectness": objectness_loss, "loss_rpn_box_reg": box_loss}

@@ -88,7 +88,8 @@ def _backward_reference(grad: Tensor, boxes1: Tensor, boxes2: Tensor, kind: int,
     divisor = union + distance_eps(kind, eps)  # [..., 1]
     iou = overlap / divisor  # [..., 1]
     # The derivatives by area, overlap, sides of the outer box, sides of this box and by a shift of either corner.
-    by_area, by_overlap, by_shift, by_size = iou / divisor, -(1 + iou) / divisor, 0.0, 0.0
+    by_area, by_overlap = iou / divisor, -(1 + iou) / divisor  # [..., 1]
+    by_shift = by_size = torch.zeros_like(extent)  # [..., 2]
     if kind == GENERALIZED:
         outer_divisor = outer.prod(-1, keepdim=True) + eps  # [..., 1]
         by_area, by_overlap = by_area - 1 / outer_divisor, by_overlap + 1 / outer_divisor  # [..., 1]

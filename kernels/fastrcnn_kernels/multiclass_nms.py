@@ -115,7 +115,8 @@ def _dynamic(
     number = int(count)
     if 0 < max_detections < number:
         number = int((found[1][0, :number] >= found[1][0, max_detections - 1]).sum())
-    return tuple(t[0, :number].clone() for t in found)
+    found_boxes, found_scores, labels, keep = (t[0, :number].clone() for t in found)
+    return found_boxes, found_scores, labels, keep
 
 
 def multiclass_nms_reference(*arguments: Any) -> Detections:
@@ -191,7 +192,8 @@ def _multiclass_nms_cpp(
         min_size, background, box_offset,
     )  # fmt: skip
     number = int(kept)
-    return tuple(t[0, :number].clone() for t in found)
+    found_boxes, found_scores, labels, keep = (t[0, :number].clone() for t in found)
+    return found_boxes, found_scores, labels, keep
 
 
 def _suppress_triton(boxes: Tensor, scores: Tensor, iou_threshold: float, box_offset: int) -> Tensor:

@@ -323,7 +323,7 @@ class FusedSGD(torch.optim.SGD):
                 self._block_groups[begin : begin + self.arena.blocks[index]] = -1
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step over all parameters. ``closure``, where given, recomputes the loss and is returned."""
         assert self.arena is not None
         loss = None
@@ -366,7 +366,7 @@ class FusedSGD(torch.optim.SGD):
             self.arena.params.copy_(self.arena.weights)
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore a ``state_dict`` of this class or of ``torch.optim.SGD``; what it lacks starts from zero."""
         assert self.arena is not None
         super().load_state_dict(dict(state_dict))
