@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 # and at times several times slower on one where something else ran, as on a laptop (docs/kernels.md).
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-fast bench growth breakages gpu-check lint format clean
+.PHONY: help setup demo test test-fast bench growth breakages compile-check gpu-check lint format clean
 
 help:
 	@echo "make demo       train a small Mask R-CNN on generated images, evaluate it, draw pictures (CPU, < 10 minutes)"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench      pytest-benchmark comparisons of the kernels, a table and a chart in output/bench"
 	@echo "make growth     time and memory of four operators over four decades of input, drawn"
 	@echo "make breakages  break the kernels line by line: the tests must notice (C++ ones compile: minutes)"
+	@echo "make compile-check  every Triton kernel in every type for sm_80, sm_90, sm_100, gfx942: no spills"
 	@echo "make gpu-check  everything that needs a GPU"
 	@echo "make lint | format | clean"
 
@@ -39,10 +40,10 @@ demo: $(STAMP)
 	@echo "Pictures: $(DEMO_OUTPUT)/run/inference"
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile -m "not slow"
 
 bench: $(STAMP)
 	mkdir -p output/bench
@@ -55,6 +56,9 @@ growth: $(STAMP)
 
 breakages: $(STAMP)
 	$(BIN)/python -m tests.kernels.breakages.run
+
+compile-check: $(STAMP)
+	FASTRCNN_COMPILE_ALL=1 $(BIN)/python -m pytest -q tests/kernels/test_compile_for_gpu.py
 
 gpu-check: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_check

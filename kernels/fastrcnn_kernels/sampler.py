@@ -75,7 +75,9 @@ def random_keys(seeds: Tensor, count: int) -> Tensor:
 def _smallest(keys: Tensor, count: int) -> Tensor:
     """The ``count`` smallest of each row in ascending order, padded with ``_ABSENT``."""
     found = keys.topk(min(count, keys.shape[-1]), largest=False, sorted=True).values  # [..., min(count, A)]
-    return torch.nn.functional.pad(found, (0, count - found.shape[-1]), value=_ABSENT)  # [..., count]
+    # Not F.pad: it takes its value as a float, which _ABSENT does not fit.
+    absent = found.new_full((*found.shape[:-1], count - found.shape[-1]), _ABSENT)
+    return torch.cat([found, absent], dim=-1)  # [..., count]
 
 
 def sample_balanced_reference(

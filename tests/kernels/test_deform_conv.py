@@ -47,7 +47,9 @@ def plain(case: Case, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[case.label for case in CASES])
 def test_forward_and_gradients_match_oracle(place: Place, index: int) -> None:
     case = CASES[index]
-    # The interpreter is slow: it takes one dtype a case, the others take all.
+    if place == Place("triton", "cpu") and index % 2:
+        pytest.skip("the interpreter is slow: it takes every other case")
+    # And one dtype a case, where the others take all.
     dtypes = DTYPES[index % 4 : index % 4 + 1] if place.backend == "triton" and place.device == "cpu" else DTYPES
     for dtype in dtypes:
         results = run(case, dtype, place.device)

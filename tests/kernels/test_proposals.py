@@ -277,7 +277,7 @@ ERRORS = [
     (
         lambda h: {**h, "deltas": h["objectness"]},
         ValueError,
-        r"deltas\[0\] must be \[2, 12, 6, 7\], got \[2, 3, 6, 7\]",
+        r"deltas\[0\] must be \[2, 12, 4, 5\], got \[2, 3, 4, 5\]",
     ),
     (lambda h: {**h, "cells": [c[:2] for c in h["cells"]]}, ValueError, r"cells\[0\] must be \[3, 4\], got \[2, 4\]"),
     (lambda h: {**h, "deltas": [d.half() for d in h["deltas"]]}, TypeError, "one dtype, got torch.float32"),
