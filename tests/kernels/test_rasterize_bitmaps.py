@@ -150,6 +150,16 @@ def test_hand_computed(place: Place, convention: str) -> None:
     assert not masks[3].any()
 
 
+def test_corners_between_pixels_are_rounded_half_to_even(place: Place) -> None:
+    """maskrcnn-benchmark's ``crop`` rounds with Python's ``round``: 0.5 and 2.5 go down, 1.5 and 3.5 up."""
+    bitmap = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    bitmap[0, 0:2, 0:2] = 1  # rows and columns 0 and 1
+    boxes = torch.tensor([[0.5, 0.5, 2.5, 2.5], [1.5, 1.5, 3.5, 3.5]])  # pixels [0, 2) and [2, 4)
+    masks = found(place, bitmap, torch.zeros(2, dtype=torch.int64), boxes, 2)
+    assert masks[0].all()
+    assert not masks[1].any()
+
+
 @pytest.mark.parametrize("convention", CONVENTIONS)
 def test_bad_boxes_and_no_instance_give_zeros(place: Place, convention: str) -> None:
     nan, inf = float("nan"), float("inf")

@@ -1,6 +1,6 @@
 """Break the kernels one line at a time and see that the named test fails.
 
-    python -m tests.kernels.breakages.run [--language python|cpp] [--only SUBSTRING] [--processes 2]
+    python -m tests.kernels.breakages.run [--language python|cpp] [--only SUBSTRING] [--every 12] [--processes 2]
 
 Each breakage is applied to a copy of the package, never to the checkout; the C++ ones to a copy of ``csrc`` that is
 built with it. Prints one JSON object a breakage: ``caught``, or what happened instead. A test that fails for another
@@ -141,9 +141,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--language", choices=("python", "cpp"), default="")
     parser.add_argument("--only", default="", help="breakages whose path or test contains this")
+    parser.add_argument("--every", type=int, default=1, help="only each n-th of them")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     jobs = [b for b in collect(arguments.language) if arguments.only in b.path or arguments.only in b.test]
+    jobs = jobs[:: arguments.every]
     warm_up()
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder)
