@@ -63,7 +63,8 @@ def _hip_usage(compiled: Any) -> dict[str, int]:
     return {
         "registers": usage["vgpr_count"],
         "stack": usage["private_segment_fixed_size"],
-        "local": usage["vgpr_spill_count"] + usage["sgpr_spill_count"],
+        # A scalar register is spilled to a lane of a vector register, not to memory.
+        "local": usage["vgpr_spill_count"],
     }
 
 

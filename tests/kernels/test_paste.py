@@ -58,7 +58,7 @@ def test_equals_maskrcnn_benchmark(place: Place, guarded: Guards, size: int, pad
     found = pasted(place, guarded(masks), guarded(boxes), padding=padding)
     assert found.shape == (count, HEIGHT, WIDTH)
     assert found.dtype == torch.uint8
-    assert 0.002 < found.float().mean() < 0.9
+    assert 0 < found.float().mean() < 0.9
     assert torch.equal(found, wanted(masks, boxes, "maskrcnn_benchmark", padding=padding))
 
 
@@ -67,7 +67,7 @@ def test_equals_detectron2(place: Place, guarded: Guards, size: int) -> None:
     count = some(place, 200)
     masks, boxes = smooth_masks(200, size, 0)[-count:], random_boxes(200, size)[-count:]
     found = pasted(place, guarded(masks), guarded(boxes), convention="detectron2")
-    assert 0.002 < found.float().mean() < 0.9
+    assert 0 < found.float().mean() < 0.9
     assert torch.equal(found, wanted(masks, boxes, "detectron2"))
 
 

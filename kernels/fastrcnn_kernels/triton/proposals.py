@@ -44,6 +44,7 @@ from fastrcnn_kernels.triton.topk import (
 _ROWS = 64  # of _rank_kernel: candidates a program
 _COLUMNS = 64
 _CUT_BLOCK = 2048
+_CUT_OPTIONS = {"num_warps": 16}  # with 8 a few words spill
 _WRITE_BLOCK = 128
 _EXACT = {"enable_fp_fusion": False}
 
@@ -333,7 +334,7 @@ def generate_proposals(
             cut = torch.empty_like(kept)
             _cut_kernel[(1,)](
                 keys, keep, kept, cut, segments, candidates, survivors, top_n,
-                **constants(first.dtype), BLOCK=_CUT_BLOCK, num_warps=8,
+                **constants(first.dtype), BLOCK=_CUT_BLOCK, **_CUT_OPTIONS,
             )  # fmt: skip
         else:
             cut = kept
@@ -377,7 +378,7 @@ def _cut_case(dtype: torch.dtype) -> CompileCase:
     signature = {"keys_ptr": _key_name(dtype), "keep_ptr": "*i64", "count_ptr": "*i64", "cut_ptr": "*i64"}
     signature |= dict.fromkeys(("segments", "candidates", "survivors", "top_n"), "i32")
     values = {**constants(dtype), "BLOCK": _CUT_BLOCK}
-    return CompileCase(f"cut-{TYPE_NAMES[dtype]}", _cut_kernel, signature, values, {"num_warps": 8})
+    return CompileCase(f"cut-{TYPE_NAMES[dtype]}", _cut_kernel, signature, values, _CUT_OPTIONS)
 
 
 def _write_case(dtype: torch.dtype, is_sorted: bool) -> CompileCase:
