@@ -284,6 +284,45 @@ def _check_frozen_batch_norm(original: Function, ours: Function, device: str) ->
     check_frozen_batch_norm(FrozenBatchNorm2d(3), original, ours, device)
 
 
+def _postprocess_detections(
+    self: Any, class_logits: Tensor, box_regression: Tensor, proposals: Any, image_shapes: Any, *, original: Function
+) -> Any:
+    from torchvision.models.detection._utils import BoxCoder
+
+    if type(self.box_coder) is not BoxCoder or class_logits.dtype not in (torch.float32, torch.float64):
+        return original(self, class_logits, box_regression, proposals, image_shapes)
+    counts = [len(boxes) for boxes in proposals]
+    decoded = self.box_coder.decode(box_regression, proposals).split(counts)
+    probabilities = class_logits.softmax(-1).split(counts)
+    all_boxes, all_scores, all_labels = [], [], []
+    for boxes, scores, shape in zip(decoded, probabilities, image_shapes, strict=True):
+        found = kernels.multiclass_nms(
+            boxes,
+            scores,
+            self.score_thresh,
+            self.nms_thresh,
+            self.detections_per_img,
+            image_size=torch.tensor(shape, device=boxes.device),
+            min_size=1e-2,
+            background=0,
+        )
+        all_boxes.append(found[0])
+        all_scores.append(found[1])
+        all_labels.append(found[2])
+    return all_boxes, all_scores, all_labels
+
+
+@on_each_device
+def _check_postprocess(original: Function, ours: Function, device: str) -> None:
+    from types import SimpleNamespace
+
+    heads = SimpleNamespace(box_coder=_coder(), score_thresh=0.05, nms_thresh=0.5, detections_per_img=20)
+    proposals = [sample_boxes(40, device), sample_boxes(9, device)]
+    logits, deltas = torch.randn(49, 5, device=device) * 2, torch.randn(49, 20, device=device)
+    shapes = [(90, 100), (80, 70)]
+    close(ours(heads, logits, deltas, proposals, shapes), original(heads, logits, deltas, proposals, shapes), atol=1e-3)
+
+
 def _heatmaps_to_keypoints(maps: Tensor, rois: Tensor, *, original: Function) -> Any:
     found = kernels.keypoints_from_heatmaps(maps, rois)  # [K, J, 3]
     return torch.cat([found[..., :2], torch.ones_like(found[..., :1])], dim=-1), found[..., 2]
@@ -327,6 +366,11 @@ SWAPS = [
         "torchvision.models.detection.roi_heads:RoIHeads.assign_targets_to_proposals",
         _assign_targets_to_proposals,
         _check_proposals,
+    ),
+    Swap(
+        "torchvision.models.detection.roi_heads:RoIHeads.postprocess_detections",
+        _postprocess_detections,
+        _check_postprocess,
     ),
     Swap("torchvision.models.detection.roi_heads:heatmaps_to_keypoints", _heatmaps_to_keypoints, _check_keypoints),
 ]
