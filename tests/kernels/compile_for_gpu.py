@@ -162,7 +162,7 @@ def table(results: Sequence[dict[str, Any]], targets: Sequence[str]) -> str:
                 cells.append("")
         labels = {row["label"] for row in rows}
         lines.append(
-            f"| {module} | `{kernel.removesuffix('_kernel').strip('_')}` | {len(labels)} | {' | '.join(cells)} |"
+            f"| {module} | `{kernel.removesuffix('_kernel').strip('_') or kernel}` | {len(labels)} | {' | '.join(cells)} |"
         )
     return "\n".join(lines)
 
