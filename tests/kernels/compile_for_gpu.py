@@ -161,9 +161,8 @@ def table(results: Sequence[dict[str, Any]], targets: Sequence[str]) -> str:
             else:
                 cells.append("")
         labels = {row["label"] for row in rows}
-        lines.append(
-            f"| {module} | `{kernel.removesuffix('_kernel').strip('_') or kernel}` | {len(labels)} | {' | '.join(cells)} |"
-        )
+        short = kernel.removesuffix("_kernel").strip("_") or kernel
+        lines.append(f"| {module} | `{short}` | {len(labels)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
