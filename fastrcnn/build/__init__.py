@@ -1,0 +1,54 @@
+"""From a Config to objects: the only package, beside the entry points, that reads one."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastrcnn.build.backbone import build_backbone
+from fastrcnn.build.data import build_dataset, build_test_loader, build_test_transform, build_train_loader
+from fastrcnn.build.heads import build_box_head, build_mask_head
+from fastrcnn.build.rpn import build_rpn
+from fastrcnn.build.unsupported import refuse_what_is_not_built
+from fastrcnn.config import Config, ConfigError
+from fastrcnn.conventions import CONVENTIONS, Convention
+from fastrcnn.models.detector import GeneralizedRCNN
+
+__all__ = [
+    "build_dataset",
+    "build_model",
+    "build_test_loader",
+    "build_test_transform",
+    "build_train_loader",
+    "count_parameters",
+]
+
+
+def build_model(cfg: Config) -> GeneralizedRCNN:
+    """The detector that the configuration describes, with initial weights, on ``MODEL.DEVICE``.
+
+    Raises:
+        ConfigError: the configuration names a part that does not exist or does not fit.
+    """
+    refuse_what_is_not_built(cfg)
+    try:
+        model = _assemble(cfg, CONVENTIONS[cfg.MODEL.CONVENTION])
+    except ValueError as error:  # sizes that do not fit each other, found by the part that they belong to
+        raise ConfigError(str(error)) from error
+    return model.to(cfg.MODEL.DEVICE)
+
+
+def _assemble(cfg: Config, convention: Convention) -> GeneralizedRCNN:
+    backbone = build_backbone(cfg, convention)
+    box = mask = None
+    if not cfg.MODEL.RPN_ONLY:
+        box = build_box_head(cfg, backbone.out_channels, convention)
+        if cfg.MODEL.MASK_ON:
+            mask = build_mask_head(cfg, backbone.out_channels, convention, box)
+    rpn = build_rpn(cfg, backbone.out_channels, convention)
+    return GeneralizedRCNN(backbone, rpn, box, mask, channels_last=cfg.MODEL.CHANNELS_LAST)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all parameters, those that are trained)."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
