@@ -1,0 +1,52 @@
+"""Backbones: ResNet bodies with or without a feature pyramid, and the normalisation of each part."""
+
+from __future__ import annotations
+
+from fastrcnn.config import Config
+from fastrcnn.conventions import Convention
+from fastrcnn.models.fpn import FPN, Backbone
+from fastrcnn.models.layers import NormFactory, frozen_batch_norm_factory, group_norm_factory
+from fastrcnn.models.resnet import ResNet
+
+
+def group_norm(cfg: Config) -> NormFactory:
+    group_norm = cfg.MODEL.GROUP_NORM
+    return group_norm_factory(group_norm.NUM_GROUPS, group_norm.DIM_PER_GP, group_norm.EPSILON)
+
+
+def build_backbone(cfg: Config, convention: Convention) -> Backbone:
+    resnets = cfg.MODEL.RESNETS
+    depth, neck = body_name(cfg)
+    body = ResNet(
+        depth,
+        norm=body_norm(cfg, convention),
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_CONV_BODY_AT,
+        out_stages=(2, 3, 4, 5) if neck == "FPN" else (4,),
+        stem_out_channels=resnets.STEM_OUT_CHANNELS,
+        num_groups=resnets.NUM_GROUPS,
+        width_per_group=resnets.WIDTH_PER_GROUP,
+        res2_out_channels=resnets.RES2_OUT_CHANNELS,
+        stride_in_1x1=resnets.STRIDE_IN_1X1,
+        res5_dilation=resnets.RES5_DILATION,
+    )
+    if neck == "C4":
+        return Backbone(body, None, body.out_channels[-1])
+    fpn = FPN(
+        body.out_channels,
+        resnets.BACKBONE_OUT_CHANNELS,
+        norm=group_norm(cfg) if cfg.MODEL.FPN.USE_GN else None,
+        relu=cfg.MODEL.FPN.USE_RELU,
+    )
+    return Backbone(body, fpn, fpn.out_channels)
+
+
+def body_name(cfg: Config) -> tuple[int, str]:
+    """(depth, "FPN" or "C4") of ``MODEL.BACKBONE.CONV_BODY``."""
+    _, depth, neck = cfg.MODEL.BACKBONE.CONV_BODY.split("-")
+    return int(depth), neck
+
+
+def body_norm(cfg: Config, convention: Convention) -> NormFactory:
+    if cfg.MODEL.RESNETS.TRANS_FUNC.endswith("GN"):
+        return group_norm(cfg)
+    return frozen_batch_norm_factory(convention.frozen_bn_eps)

@@ -1,0 +1,77 @@
+"""Data sets, transforms and loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastrcnn.config import Config
+from fastrcnn.data.catalog import load_dataset
+from fastrcnn.data.collate import Batch, Normalization, TestBatch
+from fastrcnn.data.dataset import DetectionDataset
+from fastrcnn.data.loader import Loader, make_test_loader, make_train_loader
+from fastrcnn.data.transforms import TestTransform, TrainTransform
+
+
+def build_dataset(cfg: Config, names: Sequence[str], *, is_train: bool) -> DetectionDataset:
+    """The data sets called ``names``, joined. Training drops images without annotations (``DATASETS.FILTER_EMPTY``).
+
+    Raises:
+        DataError: an unknown name, or faulty files.
+    """
+    return load_dataset(names, remove_images_without_annotations=is_train and cfg.DATASETS.FILTER_EMPTY)
+
+
+def _normalization(cfg: Config) -> Normalization:
+    return Normalization(
+        cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD, cfg.INPUT.TO_BGR255, cfg.DATALOADER.SIZE_DIVISIBILITY
+    )
+
+
+def build_train_loader(
+    cfg: Config, dataset: DetectionDataset, start_step: int = 0, rank: int = 0, world_size: int = 1
+) -> Loader[Batch]:
+    """The batches of the steps ``start_step`` to ``SOLVER.MAX_ITER - 1``, this rank's share of each."""
+    image = cfg.INPUT
+    return make_train_loader(
+        dataset,
+        ims_per_batch=cfg.SOLVER.IMS_PER_BATCH,
+        num_steps=cfg.SOLVER.MAX_ITER,
+        start_step=start_step,
+        transform=TrainTransform(
+            min_sizes=image.MIN_SIZE_TRAIN,
+            max_size=image.MAX_SIZE_TRAIN,
+            horizontal_flip_prob=image.HORIZONTAL_FLIP_PROB_TRAIN,
+            vertical_flip_prob=image.VERTICAL_FLIP_PROB_TRAIN,
+            brightness=image.BRIGHTNESS,
+            contrast=image.CONTRAST,
+            saturation=image.SATURATION,
+            hue=image.HUE,
+        ),
+        normalization=_normalization(cfg),
+        seed=cfg.SOLVER.SEED,
+        rank=rank,
+        world_size=world_size,
+        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda",
+    )
+
+
+def build_test_transform(cfg: Config) -> TestTransform:
+    return TestTransform(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+
+
+def build_test_loader(cfg: Config, dataset: DetectionDataset, rank: int = 0, world_size: int = 1) -> Loader[TestBatch]:
+    """Every image of this rank's shard once, in order."""
+    return make_test_loader(
+        dataset,
+        ims_per_batch=cfg.TEST.IMS_PER_BATCH,
+        transform=build_test_transform(cfg),
+        normalization=_normalization(cfg),
+        rank=rank,
+        world_size=world_size,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda",
+    )

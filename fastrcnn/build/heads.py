@@ -1,0 +1,88 @@
+"""The heads of the second stage."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastrcnn.build.backbone import body_name, body_norm, group_norm
+from fastrcnn.config import Config
+from fastrcnn.conventions import Convention
+from fastrcnn.models.box_head import BoxHead, BoxPredictor, FPN2MLPFeatureExtractor, ResNetConv5FeatureExtractor
+from fastrcnn.models.mask_head import MaskHead, MaskRCNNC4Predictor, MaskRCNNFPNFeatureExtractor
+from fastrcnn.models.pooler import Pooler
+from fastrcnn.models.resnet import make_stage
+
+
+def _conv5_extractor(cfg: Config, in_channels: int, pooler: Pooler, convention: Convention) -> nn.Module:
+    resnets = cfg.MODEL.RESNETS
+    stage5, out_channels = make_stage(
+        body_name(cfg)[0],
+        5,
+        in_channels,
+        norm=body_norm(cfg, convention),
+        num_groups=resnets.NUM_GROUPS,
+        width_per_group=resnets.WIDTH_PER_GROUP,
+        res2_out_channels=resnets.RES2_OUT_CHANNELS,
+        stride_in_1x1=resnets.STRIDE_IN_1X1,
+        first_stride=2,
+        dilation=resnets.RES5_DILATION,
+    )
+    return ResNetConv5FeatureExtractor(pooler, stage5, out_channels)
+
+
+def build_box_head(cfg: Config, in_channels: int, convention: Convention) -> BoxHead:
+    heads, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
+    pooler = Pooler(box.POOLER_RESOLUTION, box.POOLER_SCALES, box.POOLER_SAMPLING_RATIO, convention)
+    extractor: nn.Module
+    if box.FEATURE_EXTRACTOR == "FPN2MLPFeatureExtractor":
+        extractor = FPN2MLPFeatureExtractor(
+            in_channels, pooler, box.MLP_HEAD_DIM, group_norm(cfg) if box.USE_GN else None
+        )
+    else:
+        extractor = _conv5_extractor(cfg, in_channels, pooler, convention)
+    features: int = extractor.out_channels  # type: ignore[assignment]
+    agnostic = cfg.MODEL.CLS_AGNOSTIC_BBOX_REG
+    return BoxHead(
+        extractor,
+        BoxPredictor(features, box.NUM_CLASSES, 2 if agnostic else box.NUM_CLASSES),
+        convention,
+        fg_iou_threshold=heads.FG_IOU_THRESHOLD,
+        bg_iou_threshold=heads.BG_IOU_THRESHOLD,
+        batch_size_per_image=heads.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=heads.POSITIVE_FRACTION,
+        bbox_reg_weights=tuple(heads.BBOX_REG_WEIGHTS),  # type: ignore[arg-type]
+        class_agnostic=agnostic,
+        score_thresh=heads.SCORE_THRESH,
+        nms_thresh=heads.NMS,
+        detections_per_image=heads.DETECTIONS_PER_IMG,
+    )
+
+
+def build_mask_head(cfg: Config, in_channels: int, convention: Convention, box: BoxHead) -> MaskHead:
+    mask = cfg.MODEL.ROI_MASK_HEAD
+    extractor: nn.Module
+    if mask.SHARE_BOX_FEATURE_EXTRACTOR:
+        extractor = box.feature_extractor
+    else:
+        pooler = Pooler(mask.POOLER_RESOLUTION, mask.POOLER_SCALES, mask.POOLER_SAMPLING_RATIO, convention)
+        if mask.FEATURE_EXTRACTOR == "MaskRCNNFPNFeatureExtractor":
+            extractor = MaskRCNNFPNFeatureExtractor(
+                in_channels,
+                pooler,
+                mask.CONV_LAYERS,
+                dilation=mask.DILATION,
+                norm=group_norm(cfg) if mask.USE_GN else None,
+            )
+        else:
+            extractor = _conv5_extractor(cfg, in_channels, pooler, convention)
+    features: int = extractor.out_channels  # type: ignore[assignment]
+    positives_only = mask.POSITIVES_ONLY
+    if positives_only == "auto":
+        positives_only = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+    return MaskHead(
+        extractor,
+        MaskRCNNC4Predictor(features, mask.CONV_LAYERS[-1], cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES),
+        resolution=mask.RESOLUTION,
+        positives_only=bool(positives_only),
+    )

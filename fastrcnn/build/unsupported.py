@@ -1,0 +1,42 @@
+"""Keys that the configuration allows because maskrcnn-benchmark has them, and that no code here acts on yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastrcnn.config import Config, ConfigError
+
+
+def refuse_what_is_not_built(cfg: Config) -> None:
+    """Keys that the configuration allows because maskrcnn-benchmark has them, and that no code here acts on yet."""
+    model, body = cfg.MODEL, cfg.MODEL.BACKBONE.CONV_BODY
+    bodies = [f"R-{depth}-{neck}" for neck in ("FPN", "C4") for depth in (18, 34, 50, 101, 152)]
+    extractors = ["FPN2MLPFeatureExtractor", "ResNet50Conv5ROIFeatureExtractor"]
+    rules: list[tuple[str, Any, list[Any]]] = [
+        ("MODEL.BACKBONE.CONV_BODY", body, bodies),
+        ("MODEL.RETINANET_ON", model.RETINANET_ON, [False]),
+        ("MODEL.KEYPOINT_ON", model.KEYPOINT_ON, [False]),
+        ("MODEL.RESNETS.STAGE_WITH_DCN", any(model.RESNETS.STAGE_WITH_DCN), [False]),
+        ("MODEL.RPN.RPN_HEAD", model.RPN.RPN_HEAD, ["SingleConvRPNHead"]),
+        ("TEST.BBOX_AUG.ENABLED", cfg.TEST.BBOX_AUG.ENABLED, [False]),
+    ]
+    if not model.RPN_ONLY:
+        rules.append(("MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR", model.ROI_BOX_HEAD.FEATURE_EXTRACTOR, extractors))
+    if model.MASK_ON:
+        mask = model.ROI_MASK_HEAD
+        rules += [
+            ("MODEL.ROI_MASK_HEAD.PREDICTOR", mask.PREDICTOR, ["MaskRCNNC4Predictor"]),
+            ("MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS", mask.POSTPROCESS_MASKS, [False]),
+        ]
+        if not mask.SHARE_BOX_FEATURE_EXTRACTOR:
+            extractors = ["MaskRCNNFPNFeatureExtractor", "ResNet50Conv5ROIFeatureExtractor"]
+            rules.append(("MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR", mask.FEATURE_EXTRACTOR, extractors))
+    for key, value, built in rules:
+        if value not in built:
+            choices = " or ".join(str(choice) for choice in built)
+            raise ConfigError(f"{key} {value!r} is not built by this version; choose {choices}")
+    if model.RESNETS.TRANS_FUNC.endswith("GN") != model.RESNETS.STEM_FUNC.endswith("GN"):
+        raise ConfigError(
+            f"MODEL.RESNETS.STEM_FUNC {model.RESNETS.STEM_FUNC!r} and TRANS_FUNC {model.RESNETS.TRANS_FUNC!r} differ "
+            "in their normalisation; choose both with GN or both with FixedBatchNorm"
+        )
