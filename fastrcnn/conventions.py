@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,16 @@ class Convention:
         level_eps: added inside the logarithm of the level rule.
         roi_align_aligned: whether RoIAlign shifts regions by half a pixel (``aligned=True``).
         frozen_bn_eps: epsilon of frozen batch normalisation.
+        retinanet_box_weights: scale of RetinaNet's four deltas.
+        retinanet_normaliser: what divides RetinaNet's losses: ``batch``: the positives of the batch plus its images
+            (the box loss: ``BBOX_REG_WEIGHT`` times the positives, at least 1); ``image``: each image's loss by its own
+            positives, at least 1, then the mean over images; ``moving_average``: an average over the steps of the
+            positives of a batch, which starts at 100 and takes a tenth of each new value.
+        retinanet_background_column: whether RetinaNet predicts a column for the background, which is never right.
+        anchor_scales: ``exact``, or ``truncated`` to whole pixels, of the octaves of RetinaNet.
+        retinanet_clips_before_nms: whether RetinaNet clips boxes to the image before NMS; else after it, and drops
+            what is left without an extent.
+        detection_ties: whether all that tie with the last detection are kept, or the number is exact.
     """
 
     name: str
@@ -39,6 +50,12 @@ class Convention:
     level_eps: float
     roi_align_aligned: bool
     frozen_bn_eps: float
+    retinanet_box_weights: tuple[float, float, float, float]
+    retinanet_normaliser: Literal["batch", "image", "moving_average"]
+    retinanet_background_column: bool
+    anchor_scales: Literal["exact", "truncated"]
+    retinanet_clips_before_nms: bool
+    detection_ties: bool
 
 
 MASKRCNN_BENCHMARK = Convention(
@@ -53,6 +70,12 @@ MASKRCNN_BENCHMARK = Convention(
     level_eps=1e-6,
     roi_align_aligned=False,
     frozen_bn_eps=0.0,
+    retinanet_box_weights=(10.0, 10.0, 5.0, 5.0),
+    retinanet_normaliser="batch",
+    retinanet_background_column=False,
+    anchor_scales="exact",
+    retinanet_clips_before_nms=True,
+    detection_ties=True,
 )
 
 CONVENTIONS = {convention.name: convention for convention in (MASKRCNN_BENCHMARK,)}

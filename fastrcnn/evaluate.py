@@ -98,10 +98,9 @@ def check_batch_size(key: str, size: int, world: World) -> None:
 
 def check_classes(cfg: Config, name: str, dataset: DetectionDataset) -> None:
     """Raise UsageError where the data set does not fit the model's heads, with the override that helps."""
-    if cfg.MODEL.RPN_ONLY:
+    if build.gives_proposals(cfg):
         return
-    key = "MODEL.RETINANET.NUM_CLASSES" if cfg.MODEL.RETINANET_ON else "MODEL.ROI_BOX_HEAD.NUM_CLASSES"
-    configured = cfg.MODEL.RETINANET.NUM_CLASSES if cfg.MODEL.RETINANET_ON else cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES
+    key, configured = build.classes_key(cfg), build.num_classes(cfg)
     if dataset.num_classes != configured:
         raise UsageError(
             f"{name} has {dataset.num_classes - 1} classes and the background, but {key} is {configured}: pass "
@@ -137,7 +136,7 @@ def evaluate_model(
     about: Mapping[str, Any],
 ) -> dict[str, CocoResults]:
     """Evaluate ``model`` on each data set and write the results to OUTPUT_DIR/inference. All ranks call it."""
-    if cfg.MODEL.RPN_ONLY:
+    if build.gives_proposals(cfg):
         logger.warning("MODEL.RPN_ONLY: proposals are not evaluated by this version")
         return {}
     found = {}

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-from fastrcnn.build import build_model
+from fastrcnn.build import build_model, gives_proposals, num_classes
 from fastrcnn.config import Config, load_config
 from fastrcnn.data.catalog import resolve
 from fastrcnn.data.coco_file import read_json
@@ -88,7 +89,8 @@ class Predictor:
 
         Returns:
             On the CPU, best first, in pixels of ``image``: boxes, labels, scores and, with a mask head, ``masks``:
-            probabilities [n, 1, M, M] in the frame of the boxes; :meth:`masks` makes bitmaps of them.
+            probabilities [n, 1, M, M] in the frame of the boxes; :meth:`masks` makes bitmaps of them. The proposals of
+            a region proposal network (``MODEL.RPN_ONLY``) are of class 1 and have their objectness as score.
         """
         pixels = _to_tensor(image)
         height, width = pixels.shape[:2]
@@ -97,8 +99,9 @@ class Predictor:
             pixels = resize_image(pixels, size)
         with autocast(self.device, self.dtype):
             found: BoxList = self.model(self.normalization([pixels], [0]).to(self.device))[0].to("cpu")
-        if found.scores is None:
-            raise ValueError("Predictor: the model gives proposals without scores (MODEL.RPN_ONLY), not detections")
+        if found.objectness is not None:
+            found = replace(found, scores=found.objectness, labels=torch.ones(len(found), dtype=torch.int64))
+        assert found.scores is not None
         order = found.scores.argsort(descending=True, stable=True)
         found = found[order[found.scores[order] >= self.threshold]].resize((width, height))
         masks = found.masks.float() if isinstance(found.masks, Tensor) else None
@@ -231,12 +234,14 @@ def read_labels(path: Path) -> list[str]:
 def find_class_names(cfg: Config, weights: Path) -> list[str] | None:
     """Class names from ``labels.json`` beside the weights, else from an annotation file of the configured data sets.
 
-    None where neither is there or has as many classes as the model.
+    None where neither is there or has as many classes as the model. Proposals are all called ``object``.
     """
+    if gives_proposals(cfg):
+        return ["__background__", "object"]
     beside = weights.parent / "labels.json"
     if beside.exists():
         names = read_labels(beside)
-        if len(names) == cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES:
+        if len(names) == num_classes(cfg):
             return names
         print(f"warning: {beside} names {len(names)} classes, the model has other ones: not used", file=sys.stderr)
     for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
@@ -245,7 +250,7 @@ def find_class_names(cfg: Config, weights: Path) -> list[str] | None:
             categories = {category["id"]: str(category["name"]) for category in content["categories"]}
         except (DataError, KeyError, TypeError):
             continue  # the data set need not be on this machine
-        if len(categories) + 1 == cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES:
+        if len(categories) + 1 == num_classes(cfg):
             return ["__background__", *(name for _, name in sorted(categories.items()))]
     return None
 
@@ -256,8 +261,6 @@ def load_predictor(cfg: Config, weights: Path, threshold: float) -> Predictor:
     Raises:
         UsageError, ConfigError, DeviceError, WeightsError: in one line.
     """
-    if cfg.MODEL.RPN_ONLY:
-        raise UsageError("MODEL.RPN_ONLY True: the model gives proposals, not detections")
     pick_device(cfg.MODEL.DEVICE)
     model = build_model(cfg)
     load_weights(model, weights, complete=True)
@@ -376,7 +379,7 @@ def predict(args: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"--output {output}: cannot be written ({error.strerror})") from error
 
-    predictions = Predictions(predictor.class_names, cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES)
+    predictions = Predictions(predictor.class_names, num_classes(cfg))
     try:
         predict_images(predictor, images, pictures or [None] * len(images), predictions)
     finally:  # what is done is kept, whatever happened at the next image

@@ -142,12 +142,28 @@ def test_predictor_bad_image(cfg: Config, image: np.ndarray) -> None:
 
 
 def test_predictor_proposals_only(cfg: Config) -> None:
+    """A region proposal network finds objects of one class; how sure it is, is the score."""
+
     class Proposes(StandIn):
         def forward(self, images: ImageList) -> list[BoxList]:
-            return [BoxList(torch.zeros(1, 4), (9, 9), objectness=torch.ones(1))]
+            return [BoxList(torch.rand(3, 4), (9, 9), objectness=torch.tensor([0.2, 0.9, 0.6]))]
 
-    with pytest.raises(ValueError, match="RPN_ONLY"):
-        Predictor(Proposes(), cfg)(photo())
+    found = Predictor(Proposes(), cfg, threshold=0.5)(photo())
+    assert found.scores.tolist() == pytest.approx([0.9, 0.6])
+    assert found.labels.tolist() == [1, 1]
+    assert found.objectness is None
+
+
+def test_main_proposals_only(tmp_path: Path) -> None:
+    cfg = load_config(None, [*SMALL.split(), "MODEL.MASK_ON", "False", "MODEL.RPN_ONLY", "True"])
+    torch.save(build_model(cfg).state_dict(), tmp_path / "model_final.pth")
+    (tmp_path / "config.yml").write_text(dump_config(cfg))
+    photo().save(tmp_path / "a.png")
+    assert main(arguments(tmp_path, tmp_path / "a.png", output=tmp_path / "out")) == 0
+    content = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert content["categories"] == [{"id": 1, "name": "object"}]
+    assert len(content["annotations"]) > 5
+    assert {a["label_name"] for a in content["annotations"]} == {"object"}
 
 
 def test_main(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,7 +290,6 @@ USAGE = {
     "no cuda": (["MODEL.DEVICE", "cuda"], "pass MODEL.DEVICE cpu"),
     "other classes": (["MODEL.ROI_BOX_HEAD.NUM_CLASSES", "7"], "have another shape"),
     "other model": (["MODEL.BACKBONE.CONV_BODY", "R-34-FPN"], "lacks"),
-    "proposals only": (["MODEL.RPN_ONLY", "True", "MODEL.MASK_ON", "False"], "MODEL.RPN_ONLY True"),
     "output is a file": (["--output", "{tmp}/a.png"], "{tmp}/a.png is a file"),
 }
 

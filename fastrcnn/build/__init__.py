@@ -6,8 +6,9 @@ from torch import nn
 
 from fastrcnn.build.backbone import build_backbone
 from fastrcnn.build.data import build_dataset, build_test_loader, build_test_transform, build_train_loader
+from fastrcnn.build.family import classes_key, gives_proposals, num_classes
 from fastrcnn.build.heads import build_box_head, build_mask_head
-from fastrcnn.build.rpn import build_rpn
+from fastrcnn.build.rpn import build_retinanet, build_rpn
 from fastrcnn.build.unsupported import refuse_what_is_not_built
 from fastrcnn.config import Config, ConfigError
 from fastrcnn.conventions import CONVENTIONS, Convention
@@ -19,7 +20,10 @@ __all__ = [
     "build_test_loader",
     "build_test_transform",
     "build_train_loader",
+    "classes_key",
     "count_parameters",
+    "gives_proposals",
+    "num_classes",
 ]
 
 
@@ -39,6 +43,9 @@ def build_model(cfg: Config) -> GeneralizedRCNN:
 
 def _assemble(cfg: Config, convention: Convention) -> GeneralizedRCNN:
     backbone = build_backbone(cfg, convention)
+    if cfg.MODEL.RETINANET_ON:
+        retinanet = build_retinanet(cfg, backbone.out_channels, convention)
+        return GeneralizedRCNN(backbone, retinanet, channels_last=cfg.MODEL.CHANNELS_LAST)
     box = mask = None
     if not cfg.MODEL.RPN_ONLY:
         box = build_box_head(cfg, backbone.out_channels, convention)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastrcnn.config import Config
 from fastrcnn.conventions import Convention
-from fastrcnn.models.fpn import FPN, Backbone
+from fastrcnn.models.fpn import FPN, Backbone, LastLevelP6P7
 from fastrcnn.models.layers import NormFactory, frozen_batch_norm_factory, group_norm_factory
 from fastrcnn.models.resnet import ResNet
 
@@ -21,7 +21,7 @@ def build_backbone(cfg: Config, convention: Convention) -> Backbone:
         depth,
         norm=body_norm(cfg, convention),
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_CONV_BODY_AT,
-        out_stages=(2, 3, 4, 5) if neck == "FPN" else (4,),
+        out_stages={"FPN": (2, 3, 4, 5), "FPN-RETINANET": (3, 4, 5), "C4": (4,)}[neck],
         stem_out_channels=resnets.STEM_OUT_CHANNELS,
         num_groups=resnets.NUM_GROUPS,
         width_per_group=resnets.WIDTH_PER_GROUP,
@@ -31,18 +31,24 @@ def build_backbone(cfg: Config, convention: Convention) -> Backbone:
     )
     if neck == "C4":
         return Backbone(body, None, body.out_channels[-1])
+    channels, top_blocks = resnets.BACKBONE_OUT_CHANNELS, None
+    if neck == "FPN-RETINANET":
+        from_c5 = cfg.MODEL.RETINANET.USE_C5
+        top_blocks = LastLevelP6P7(body.out_channels[-1] if from_c5 else channels, channels, from_c5=from_c5)
     fpn = FPN(
         body.out_channels,
-        resnets.BACKBONE_OUT_CHANNELS,
+        channels,
         norm=group_norm(cfg) if cfg.MODEL.FPN.USE_GN else None,
         relu=cfg.MODEL.FPN.USE_RELU,
+        first_level=body.out_stages[0] - 1,
+        top_blocks=top_blocks,
     )
     return Backbone(body, fpn, fpn.out_channels)
 
 
 def body_name(cfg: Config) -> tuple[int, str]:
-    """(depth, "FPN" or "C4") of ``MODEL.BACKBONE.CONV_BODY``."""
-    _, depth, neck = cfg.MODEL.BACKBONE.CONV_BODY.split("-")
+    """(depth, "FPN", "FPN-RETINANET" or "C4") of ``MODEL.BACKBONE.CONV_BODY``."""
+    _, depth, neck = cfg.MODEL.BACKBONE.CONV_BODY.split("-", 2)
     return int(depth), neck
 
 

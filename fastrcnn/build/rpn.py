@@ -1,10 +1,11 @@
-"""The region proposal network."""
+"""The region proposal network, and RetinaNet in its place."""
 
 from __future__ import annotations
 
 from fastrcnn.config import Config
 from fastrcnn.conventions import Convention
 from fastrcnn.models.anchors import AnchorGenerator
+from fastrcnn.models.retinanet import RetinaNet
 from fastrcnn.models.rpn import RPN
 
 
@@ -32,4 +33,35 @@ def build_rpn(cfg: Config, in_channels: int, convention: Convention) -> RPN:
         per_batch=rpn.FPN_POST_NMS_PER_BATCH,
         nms_thresh=rpn.NMS_THRESH,
         min_size=rpn.MIN_SIZE,
+    )
+
+
+def build_retinanet(cfg: Config, in_channels: int, convention: Convention) -> RetinaNet:
+    retinanet = cfg.MODEL.RETINANET
+    octaves = [retinanet.OCTAVE ** (i / retinanet.SCALES_PER_OCTAVE) for i in range(retinanet.SCALES_PER_OCTAVE)]
+    sizes = [tuple(size * octave for octave in octaves) for size in retinanet.ANCHOR_SIZES]
+    if convention.anchor_scales == "truncated":
+        sizes = [tuple(int(size) for size in level) for level in sizes]
+    # RETINANET.STRADDLE_THRESH changes nothing: maskrcnn-benchmark marks the anchors that leave the image, and its
+    # loss does not look at the mark.
+    anchors = AnchorGenerator(
+        sizes, retinanet.ASPECT_RATIOS, retinanet.ANCHOR_STRIDES, straddle_thresh=-1, style=convention.anchor_style
+    )
+    return RetinaNet(
+        in_channels,
+        anchors,
+        convention,
+        num_classes=retinanet.NUM_CLASSES,
+        num_convs=retinanet.NUM_CONVS,
+        prior_prob=retinanet.PRIOR_PROB,
+        fg_iou_threshold=retinanet.FG_IOU_THRESHOLD,
+        bg_iou_threshold=retinanet.BG_IOU_THRESHOLD,
+        loss_alpha=retinanet.LOSS_ALPHA,
+        loss_gamma=retinanet.LOSS_GAMMA,
+        bbox_reg_beta=retinanet.BBOX_REG_BETA,
+        bbox_reg_weight=retinanet.BBOX_REG_WEIGHT,
+        score_thresh=retinanet.INFERENCE_TH,
+        pre_nms_top_n=retinanet.PRE_NMS_TOP_N,
+        nms_thresh=retinanet.NMS_TH,
+        detections_per_image=cfg.TEST.DETECTIONS_PER_IMG,
     )

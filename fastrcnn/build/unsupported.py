@@ -10,17 +10,16 @@ from fastrcnn.config import Config, ConfigError
 def refuse_what_is_not_built(cfg: Config) -> None:
     """Keys that the configuration allows because maskrcnn-benchmark has them, and that no code here acts on yet."""
     model, body = cfg.MODEL, cfg.MODEL.BACKBONE.CONV_BODY
-    bodies = [f"R-{depth}-{neck}" for neck in ("FPN", "C4") for depth in (18, 34, 50, 101, 152)]
+    bodies = [f"R-{depth}-{neck}" for neck in ("FPN", "C4", "FPN-RETINANET") for depth in (18, 34, 50, 101, 152)]
     extractors = ["FPN2MLPFeatureExtractor", "ResNet50Conv5ROIFeatureExtractor"]
     rules: list[tuple[str, Any, list[Any]]] = [
         ("MODEL.BACKBONE.CONV_BODY", body, bodies),
-        ("MODEL.RETINANET_ON", model.RETINANET_ON, [False]),
         ("MODEL.KEYPOINT_ON", model.KEYPOINT_ON, [False]),
         ("MODEL.RESNETS.STAGE_WITH_DCN", any(model.RESNETS.STAGE_WITH_DCN), [False]),
         ("MODEL.RPN.RPN_HEAD", model.RPN.RPN_HEAD, ["SingleConvRPNHead"]),
         ("TEST.BBOX_AUG.ENABLED", cfg.TEST.BBOX_AUG.ENABLED, [False]),
     ]
-    if not model.RPN_ONLY:
+    if not (model.RPN_ONLY or model.RETINANET_ON):
         rules.append(("MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR", model.ROI_BOX_HEAD.FEATURE_EXTRACTOR, extractors))
     if model.MASK_ON:
         mask = model.ROI_MASK_HEAD

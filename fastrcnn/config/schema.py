@@ -211,9 +211,7 @@ class RetinanetConfig(Section):
     ANCHOR_SIZES: Ints = key((32, 64, 128, 256, 512), "Side of the anchors in pixels, one a level")
     ASPECT_RATIOS: Positives = key((0.5, 1.0, 2.0), "Height / width of the anchors")
     ANCHOR_STRIDES: Ints = key((8, 16, 32, 64, 128), "Stride of each feature level in pixels")
-    STRADDLE_THRESH: Float = key(
-        0, "Anchors that leave the image by more than this many pixels are not trained; -1 trains them all"
-    )
+    STRADDLE_THRESH: Float = key(0, "Nothing reads it, upstream neither: every anchor is trained")
     OCTAVE: Positive = key(2.0, "Scale factor from one level to the next")
     SCALES_PER_OCTAVE: PositiveInt = key(3, "Anchor scales a level")
     USE_C5: Bool = key(True, "P6 is made from C5, else from P5")

@@ -232,7 +232,7 @@ class BoxHead(nn.Module):
             max(0, self.detections_per_image),
             image_size=size_on_device,
             background=0,
-            keep_ties=True,
+            keep_ties=self.convention.detection_ties,
             box_offset=self.convention.box_offset,
         )
         return BoxList(found, (width, height), labels=labels, scores=scores)

@@ -1,4 +1,4 @@
-"""The two-stage detector: Faster R-CNN, Mask R-CNN, or a region proposal network alone."""
+"""The detector: Faster R-CNN, Mask R-CNN, a region proposal network alone, or RetinaNet."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import fastrcnn_kernels as kernels
 from fastrcnn.models import box_head, rpn
 from fastrcnn.models.box_head import BoxHead
 from fastrcnn.models.mask_head import MaskHead
+from fastrcnn.models.retinanet import RetinaNet
 from fastrcnn.models.rpn import RPN
 from fastrcnn.structures import BoxList, ImageList, Targets
 
@@ -27,7 +28,7 @@ class GeneralizedRCNN(nn.Module):
 
     Args:
         backbone: images to feature levels.
-        rpn: the proposals.
+        rpn: the proposals; or RetinaNet, which gives detections itself and has no heads after it.
         box: None trains and tests the RPN alone.
         mask: optional; needs ``box``.
         channels_last: hold weights and feature maps in NHWC order, which convolutions prefer on most devices.
@@ -39,7 +40,7 @@ class GeneralizedRCNN(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        rpn: RPN,
+        rpn: RPN | RetinaNet,
         box: BoxHead | None = None,
         mask: MaskHead | None = None,
         *,
@@ -49,6 +50,8 @@ class GeneralizedRCNN(nn.Module):
         self.backbone = backbone
         self.rpn = rpn
         heads: dict[str, nn.Module] = {}
+        if box is not None and isinstance(rpn, RetinaNet):
+            raise ValueError("RetinaNet has no box head")
         if box is not None:
             heads["box"] = box
         if mask is not None:
@@ -88,6 +91,9 @@ class GeneralizedRCNN(nn.Module):
 
     def forward_train(self, images: ImageList, targets: Targets) -> dict[str, Tensor]:
         features = self._features(images)
+        if isinstance(self.rpn, RetinaNet):
+            self.sampling_step += 1
+            return self.rpn.losses(images, features, targets)
         proposals, losses = self.rpn(
             images, features, targets, self._seeds(images, rpn.SAMPLING_STREAM), with_proposals="box" in self.roi_heads
         )
@@ -105,6 +111,8 @@ class GeneralizedRCNN(nn.Module):
 
     def forward_test(self, images: ImageList) -> list[BoxList]:
         features = self._features(images)
+        if isinstance(self.rpn, RetinaNet):
+            return self.rpn.detect(images, features)
         proposals, _ = self.rpn(images, features)
         if "box" not in self.roi_heads:
             return proposals.to_boxlists(images.image_sizes)

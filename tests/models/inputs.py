@@ -33,6 +33,20 @@ SMALL = [
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "64",
 ]  # fmt: skip
 
+# RetinaNet with bottlenecks, on top of rpn_R_50_FPN_1x.yaml.
+RETINANET = [
+    "MODEL.RETINANET_ON", "True",
+    "MODEL.BACKBONE.CONV_BODY", "R-50-FPN-RETINANET",
+    "MODEL.RESNETS.TRANS_FUNC", "BottleneckWithFixedBatchNorm",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS", "32",
+    "MODEL.RETINANET.NUM_CLASSES", "5",
+    "MODEL.RETINANET.NUM_CONVS", "2",
+]  # fmt: skip
+
+
+def small_retinanet(*overrides: str, seed: int = 0) -> GeneralizedRCNN:
+    return small_model(*RETINANET, *overrides, seed=seed, config_file="rpn_R_50_FPN_1x.yaml")
+
 
 def small_config(*overrides: str, config_file: str = "e2e_mask_rcnn_R_50_FPN_1x.yaml") -> Config:
     return load_config(CONFIGS / config_file, [*SMALL, *overrides])

@@ -8,7 +8,13 @@ import torch
 from fastrcnn.structures import Targets
 from fastrcnn_kernels import set_backend
 from tests.kernels.nosync import HostSync, forbid_host_sync
-from tests.models.inputs import random_batch, small_model
+from tests.models.inputs import random_batch, small_model, small_retinanet
+
+FAMILIES = [
+    pytest.param(lambda: small_model("MODEL.ROI_MASK_HEAD.POSITIVES_ONLY", "False"), id="mask-rcnn"),
+    pytest.param(lambda: small_model(config_file="rpn_R_50_FPN_1x.yaml"), id="rpn"),
+    pytest.param(small_retinanet, id="retinanet"),
+]
 
 
 def step(model, images, targets, optimizer):
@@ -21,10 +27,9 @@ def step(model, images, targets, optimizer):
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("config_file", ["e2e_mask_rcnn_R_50_FPN_1x.yaml", "rpn_R_50_FPN_1x.yaml"])
-def test_a_training_step_never_waits(backend, config_file):
-    overrides = ["MODEL.ROI_MASK_HEAD.POSITIVES_ONLY", "False"]
-    model = small_model(*overrides, config_file=config_file)
+@pytest.mark.parametrize("make", FAMILIES)
+def test_a_training_step_never_waits(backend, make):
+    model = make()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
     images, targets = random_batch([3, 0], [(128, 96), (96, 128)])
     padded = Targets.from_boxlists(targets)
