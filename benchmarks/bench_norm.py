@@ -92,9 +92,18 @@ def bench_norm(benchmark: Any, device: torch.device, case: Case, provider: str, 
         torchvision=lambda: run(theirs),
     )  # fmt: skip
     tolerance = 5e-2 if case.dtype == torch.bfloat16 else 1e-4
+
+    def equal(actual: list[Tensor], expected: list[Tensor]) -> None:
+        # A sum within rounding of zero may fall on either side of the ReLU, and its gradient with it.
+        larger = torch.maximum(actual[0], expected[0])
+        decided = (larger > tolerance) | (larger == 0)
+        assert_close(tolerance, tolerance)(actual[0], expected[0])
+        assert decided.float().mean() > 0.9
+        assert_close(tolerance, tolerance)([g * decided for g in actual[1:]], [g * decided for g in expected[1:]])
+
     passes = 2 + case.residual + (mode == "both") * (3 + case.residual)
     measure(
-        benchmark, call, truth=fused, equal=assert_close(tolerance, tolerance), group=f"norm-{case}-{mode}",
+        benchmark, call, truth=fused, equal=equal, group=f"norm-{case}-{mode}",
         provider=provider, device=device, bytes=x.numel() * case.dtype.itemsize * passes, target=("torchvision", 2),
         shape=list(x.shape),
     )  # fmt: skip
