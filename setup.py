@@ -9,6 +9,7 @@ succeeds: the operators then run their PyTorch reference (`python -m fastrcnn.do
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -33,11 +34,22 @@ else:
 HEADERS = sorted(str(path) for path in Path("kernels/csrc").glob("*.h"))
 
 
+def headers_of(source, found):
+    """The headers of ours that a source file includes, by name or through a macro, those of the headers too."""
+    for name in re.findall(r'^#(?:include|define \w+) "(.+\.h)"', Path(source).read_text(), re.MULTILINE):
+        header = Path(source).with_name(name)
+        if header not in found:
+            found.add(header)
+            headers_of(header, found)
+    return found
+
+
 def out_of_date(obj, source):
-    """Whether an object file must be compiled again: its source or a header is newer."""
+    """Whether an object file must be compiled again: its source, a header it includes or this file is newer."""
     if not os.path.exists(obj):
         return True
-    return any(os.path.getmtime(path) > os.path.getmtime(obj) for path in (source, *HEADERS, "setup.py"))
+    inputs = (source, *headers_of(source, set()), "setup.py")
+    return any(os.path.getmtime(path) > os.path.getmtime(obj) for path in inputs)
 
 
 class OptionalBuildExt(build_ext):
