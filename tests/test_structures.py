@@ -100,7 +100,6 @@ def test_indexing_takes_the_fields_along():
         (lambda: ImageList(torch.zeros(3, 4, 4), [(4, 4)]), r"must be \[N, C, H, W\]"),
         (lambda: to_image_list([]), "at least one image"),
         (lambda: Targets.from_boxlists([boxlist()]), r"targets\[0\] has no labels"),
-        (lambda: boxlist(keypoints=torch.zeros(2, 17, 3)).transpose(0), "left-right map"),
     ],
 )
 def test_bad_arguments(make, message):

@@ -1,4 +1,4 @@
-"""COCO detection data: a JSON file of annotations and a folder of images.
+"""COCO detection and keypoint data: a JSON file of annotations and a folder of images.
 
 Meaning as in maskrcnn-benchmark's ``COCODataset``: images in the order of their ids, crowd regions dropped,
 contiguous labels, boxes of inclusive pixels clipped to the image. Unlike there, faults of the file are found when it
@@ -26,25 +26,31 @@ from fastrcnn.data.coco_file import (
 )
 from fastrcnn.data.dataset import DataError, ImageInfo, Sample
 from fastrcnn.data.image import read_image
-from fastrcnn.structures import BoxList, SegmentationMask
+from fastrcnn.structures import PERSON, BoxList, Keypoints, SegmentationMask, Skeleton
 
 logger = logging.getLogger(__name__)
 
+MIN_KEYPOINTS_PER_IMAGE = 10
+
 
 class CocoDataset:
-    """Images with boxes, labels and masks from a COCO annotation file.
+    """Images with boxes, labels, masks and keypoints from a COCO annotation file.
 
     Args:
         annotation_file: JSON with ``images``, ``annotations`` and ``categories``.
         image_folder: where the files named by ``images[].file_name`` lie.
         remove_images_without_annotations: keep only images with at least one instance left (training); otherwise keep
             all (evaluation). Crowd regions and boxes that are not wider and higher than one pixel are no instances.
+            Where the file has keypoints, an image must have at least ten labelled ones (maskrcnn-benchmark's rule), or
+            as many as an instance has.
         name: how messages call the data set; the annotation file by default.
 
     Attributes:
         class_names: ``"__background__"`` and the category names, by contiguous label.
         label_to_category_id: contiguous labels 1..K, in the order of the category ids, to the file's category ids.
         has_masks: whether any annotation has a polygon or an RLE.
+        has_keypoints: whether any annotation has keypoints, and their names are known.
+        skeleton: the keypoints' names and connections: the category's, else COCO's for 17 keypoints.
         dropped: number of annotations (or polygons) left out, by reason.
         fingerprint: SHA-256 of the annotation file.
 
@@ -70,6 +76,7 @@ class CocoDataset:
         # Instances are sorted by image: image i owns the range [first[i], first[i + 1]).
         self._first = np.searchsorted(instances.image, np.arange(len(images.ids) + 1))
         self.has_masks = instances.has_masks
+        self.has_keypoints = self.skeleton is not None
         self._check_files()
         self._log_summary(total)
 
@@ -115,7 +122,13 @@ class CocoDataset:
             size=size,
             labels=torch.from_numpy(table.labels[span].astype(np.int64)),
             masks=masks,
+            keypoints=self._keypoints(span, size),
         )
+
+    def _keypoints(self, span: slice, size: tuple[int, int]) -> Keypoints | None:
+        if not self.has_keypoints:
+            return None
+        return Keypoints(torch.from_numpy(self._instances.keypoints[span].copy()), size, self.skeleton)
 
     def image_info(self, index: int) -> ImageInfo:
         """Id, height, width and file name of the image at ``index``."""
@@ -142,9 +155,16 @@ class CocoDataset:
 
         images = parse_images(content, self.annotation_file)
         instances, self.dropped = parse_annotations(content, self.annotation_file, images, labels)
+        self.skeleton = find_skeleton(content["categories"], instances.keypoints.shape[1], self.annotation_file)
         if remove_images_without_annotations:
             usable = np.zeros(len(images.ids), dtype=bool)
             usable[instances.image] = True
+            if self.skeleton is not None:
+                labelled = (instances.keypoints[:, :, 2] > 0).sum(1)
+                in_image = np.bincount(instances.image, labelled, minlength=len(images.ids))
+                few = usable & (in_image < min(MIN_KEYPOINTS_PER_IMAGE, len(self.skeleton.names)))
+                self.dropped["images with too few labelled keypoints"] = int(few.sum())
+                usable &= ~few
             images, instances = _keep_images(images, instances, usable)
         return images, instances, len(content["images"])
 
@@ -202,6 +222,44 @@ def _categories(content: dict, path: Path) -> dict[int, str]:
     if not names:
         raise DataError(f"{path}: 'categories' is empty")
     return dict(sorted(names.items()))
+
+
+def find_skeleton(categories: list[dict], num_keypoints: int, path: Path) -> Skeleton | None:
+    """What the keypoints of the annotations are called; None without keypoints, or with a warning where nobody knows.
+
+    Raises:
+        DataError: two categories, or a category and its annotations, disagree.
+    """
+    named = [category for category in categories if category.get("keypoints")]
+    if num_keypoints == 0:
+        return None
+    if not named:
+        if num_keypoints == len(PERSON.names):
+            return PERSON
+        logger.warning(
+            "%s: no category names its %d keypoints in 'keypoints': they are left out, because a mirrored image needs "
+            "to know left from right",
+            path,
+            num_keypoints,
+        )
+        return None
+    names = tuple(map(str, named[0]["keypoints"]))
+    for category in named[1:]:
+        if tuple(map(str, category["keypoints"])) != names:
+            raise DataError(f"{path}: categories {named[0]['id']} and {category['id']} have different keypoints")
+    if len(names) != num_keypoints or len(set(names)) != len(names):
+        raise DataError(
+            f"{path}: category {named[0]['id']} names {len(set(names))} keypoints, but its annotations have "
+            f"{num_keypoints}"
+        )
+    lines = named[0].get("skeleton") or []
+    if names == PERSON.names:
+        return PERSON
+    if not all(
+        isinstance(line, list) and len(line) == 2 and all(1 <= end <= len(names) for end in line) for line in lines
+    ):
+        raise DataError(f"{path}: category {named[0]['id']} has a 'skeleton' that is not pairs of 1 to {len(names)}")
+    return Skeleton(names, tuple((int(a) - 1, int(b) - 1) for a, b in lines))
 
 
 def _keep_images(images: ImageTable, instances: InstanceTable, keep: np.ndarray) -> tuple[ImageTable, InstanceTable]:

@@ -71,6 +71,7 @@ class InstanceTable:
         vertices: float32 [v, 2].
         rle_ends: int64 [n + 1], rle: uint8; compressed RLE of instances given as bitmaps.
         rle_size: int32 [n, 2], (height, width) of the RLE.
+        keypoints: float32 [n, k, 3], x, y, visibility; zeros where an annotation has none, k = 0 where no one has.
     """
 
     image: np.ndarray
@@ -82,6 +83,7 @@ class InstanceTable:
     rle_ends: np.ndarray
     rle: np.ndarray
     rle_size: np.ndarray
+    keypoints: np.ndarray
 
     @property
     def has_masks(self) -> bool:
@@ -106,6 +108,7 @@ class InstanceTable:
             rle_ends=rle_ends,
             rle=self.rle[rle],
             rle_size=self.rle_size[rows],
+            keypoints=self.keypoints[rows],
         )
 
     def segmentations(self, span: slice) -> list[Any]:
@@ -199,8 +202,8 @@ def parse_annotations(
         labels: {category id: contiguous label}.
 
     Raises:
-        DataError: an annotation refers to an image or category that is not in the file, or its box or segmentation is
-            not of the format.
+        DataError: an annotation refers to an image or category that is not in the file, or its box, segmentation or
+            keypoints are not of the format.
     """
     dropped = dict.fromkeys((_CROWD, _NO_EXTENT, _OUTSIDE, _SHORT, _MALFORMED), 0)
     rows = {int(image_id): row for row, image_id in enumerate(images.ids)}
@@ -210,6 +213,7 @@ def parse_annotations(
     polygons_per_instance, vertices_per_polygon = array("q"), array("q")
     rles: list[bytes] = []
     rle_sizes = array("i")
+    keypoints, keypoint_rows = array("d"), array("q")
 
     for position, annotation in enumerate(content["annotations"]):
         try:
@@ -258,6 +262,11 @@ def parse_annotations(
                 f"{path}: {_called(annotation, position)} has a 'segmentation' that is neither a list of polygons "
                 "(lists of numbers) nor an RLE"
             )
+        if annotation.get("keypoints"):
+            like = len(keypoints) // len(keypoint_rows) if keypoint_rows else 0
+            called = f"{path}: {_called(annotation, position)}"
+            keypoints.extend(_keypoint_values(annotation["keypoints"], like, called))
+            keypoint_rows.append(len(image_of) - 1)
         polygons_per_instance.append(num_polygons)
         rles.append(rle)
         rle_sizes.extend(sizes[row])
@@ -272,6 +281,7 @@ def parse_annotations(
         rle_ends=_ends([len(rle) for rle in rles]),
         rle=np.frombuffer(b"".join(rles), dtype=np.uint8),
         rle_size=np.array(rle_sizes, dtype=np.int32).reshape(-1, 2),
+        keypoints=_keypoint_table(keypoints, keypoint_rows, len(image_of)),
     )
     keep = _corners(table, images, dropped)
     kept = np.flatnonzero(keep)
@@ -313,6 +323,24 @@ def _compress(segmentation: Mapping[str, Any], size: tuple[int, int], called: st
     if sum(counts) != size[0] * size[1]:
         raise DataError(f"{called} has an RLE of {sum(counts)} pixels, but its image has {size[0] * size[1]}")
     return coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)["counts"]
+
+
+def _keypoint_values(values: Any, like: int, called: str) -> Sequence[float]:
+    """The flat keypoints of an annotation, checked; ``like``: how many numbers the annotations before it have, or 0."""
+    if not isinstance(values, list) or len(values) % 3 or not _all_finite(values):
+        raise DataError(f"{called} has 'keypoints' that are not finite numbers in threes (x, y, visibility)")
+    if like and len(values) != like:
+        raise DataError(f"{called} has {len(values) // 3} keypoints, but the annotations before it have {like // 3}")
+    return values
+
+
+def _keypoint_table(values: Sequence[float], rows: Sequence[int], num_instances: int) -> np.ndarray:
+    """float32 [n, k, 3] from the keypoints of the instances ``rows``; the others have zeros."""
+    per_instance = len(values) // len(rows) if rows else 0
+    table = np.zeros((num_instances, per_instance // 3, 3), dtype=np.float32)
+    if rows:
+        table[np.asarray(rows)] = np.asarray(values, dtype=np.float32).reshape(len(rows), -1, 3)
+    return table
 
 
 def _called(annotation: Any, position: int) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrcnn.data.dataset import Sample
-from fastrcnn.structures import BoxList, ImageList, SegmentationMask
+from fastrcnn.structures import BoxList, ImageList, Keypoints, SegmentationMask, Skeleton
 from fastrcnn_kernels import preprocess_images
 
 
@@ -81,7 +81,7 @@ class TestBatch:
 
 @dataclass(frozen=True)
 class PackedTargets:
-    """The targets of a batch in five tensors.
+    """The targets of a batch in six tensors.
 
     Each tensor that leaves a worker costs a file descriptor and a system call on both sides; the polygons of a batch
     are hundreds of tensors, enough to reach the usual limit of 1024 descriptors.
@@ -95,12 +95,16 @@ class PackedTargets:
     polygon_lengths: Tensor
     polygons_per_instance: Tensor
     has_masks: bool
+    keypoints: Tensor | None = None
+    skeleton: Skeleton | None = None
 
     @classmethod
     def pack(cls, targets: Sequence[BoxList]) -> PackedTargets:
-        """Every target is in mode xyxy, with labels and, all or none, a SegmentationMask."""
+        """Every target is in mode xyxy, with labels and, all or none, a SegmentationMask and Keypoints."""
         instances = [one for t in targets if isinstance(t.masks, SegmentationMask) for one in t.masks.polygons]
         polygons = [polygon for instance in instances for polygon in instance]
+        keypoints = [t.keypoints for t in targets if t.keypoints is not None]
+        has_keypoints = bool(keypoints) and len(keypoints) == len(targets)
         return cls(
             boxes=torch.cat([t.boxes for t in targets]),
             labels=torch.cat([t.labels for t in targets if t.labels is not None]),
@@ -110,6 +114,8 @@ class PackedTargets:
             polygon_lengths=torch.tensor([len(p) for p in polygons], dtype=torch.int64),
             polygons_per_instance=torch.tensor([len(i) for i in instances], dtype=torch.int64),
             has_masks=all(isinstance(t.masks, SegmentationMask) for t in targets),
+            keypoints=torch.cat([k.points for k in keypoints]) if has_keypoints else None,
+            skeleton=keypoints[0].skeleton if has_keypoints else None,
         )
 
     def unpack(self) -> list[BoxList]:
@@ -118,6 +124,7 @@ class PackedTargets:
         per_instance = self.polygons_per_instance.tolist()
         targets, instance, polygon = [], 0, 0
         boxes, labels = self.boxes.split(self.counts), self.labels.split(self.counts)
+        points = None if self.keypoints is None else self.keypoints.split(self.counts)
         for i, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
             masks = None
             if self.has_masks:
@@ -127,7 +134,8 @@ class PackedTargets:
                     polygon += number
                 instance += count
                 masks = SegmentationMask(shapes, size)
-            targets.append(BoxList(boxes[i], size, labels=labels[i], masks=masks))
+            keypoints = None if points is None else Keypoints(points[i], size, self.skeleton)
+            targets.append(BoxList(boxes[i], size, labels=labels[i], masks=masks, keypoints=keypoints))
         return targets
 
 

@@ -10,7 +10,7 @@ from typing import Protocol, TypedDict, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from fastrcnn.structures import BoxList
+from fastrcnn.structures import BoxList, Skeleton
 
 
 class DataError(ValueError):
@@ -32,7 +32,7 @@ class Sample:
 
     Attributes:
         image: uint8 [H, W, 3], RGB.
-        target: boxes, labels and (where the data set has them) masks, in the frame of ``image``.
+        target: boxes, labels and (where the data set has them) masks and keypoints, in the frame of ``image``.
         image_id: the image's id in its annotation file.
         index: its position in the data set.
     """
@@ -51,6 +51,8 @@ class DetectionDataset(Protocol):
         class_names: ``class_names[label]``; label 0 is ``"__background__"``.
         label_to_category_id: the category id of the annotation file for each label from 1 on.
         has_masks: whether the targets carry a SegmentationMask.
+
+    A data set whose targets carry Keypoints says so with ``has_keypoints`` True and their ``skeleton``.
     """
 
     class_names: list[str]
@@ -70,7 +72,9 @@ class DetectionDataset(Protocol):
 
 
 class ConcatDataset:
-    """Several data sets as one, in the given order; targets have masks only if those of all data sets have.
+    """Several data sets as one, in the given order.
+
+    Targets have masks, or keypoints, only if those of all data sets have (keypoints: of one skeleton).
 
     Raises:
         DataError: the data sets do not agree on their classes.
@@ -94,6 +98,9 @@ class ConcatDataset:
         self.class_names = first.class_names
         self.label_to_category_id = first.label_to_category_id
         self.has_masks = all(dataset.has_masks for dataset in self.datasets)
+        skeletons = [getattr(dataset, "skeleton", None) for dataset in self.datasets]
+        self.has_keypoints = skeletons[0] is not None and all(s == skeletons[0] for s in skeletons)
+        self.skeleton: Skeleton | None = skeletons[0] if self.has_keypoints else None
         self._ends = np.cumsum([len(dataset) for dataset in self.datasets]).tolist()
 
     @property
@@ -114,6 +121,7 @@ class ConcatDataset:
         which, inner = self.locate(index)
         sample = self.datasets[which][inner]
         target = sample.target if self.has_masks else replace(sample.target, masks=None)
+        target = target if self.has_keypoints else replace(target, keypoints=None)
         return Sample(sample.image, target, sample.image_id, index)
 
     def image_info(self, index: int) -> ImageInfo:

@@ -1,7 +1,7 @@
 """What travels between the data, the model and the user.
 
-Public: :class:`ImageList`, :class:`BoxList`, :class:`SegmentationMask`, with the meaning they have in
-maskrcnn-benchmark, but with named, typed fields instead of a bag of strings, and without mutation: every method
+Public: :class:`ImageList`, :class:`BoxList`, :class:`SegmentationMask`, :class:`Keypoints`, with the meaning they have
+in maskrcnn-benchmark, but with named, typed fields instead of a bag of strings, and without mutation: every method
 returns a new object. Inside the model: :class:`Targets` and :class:`Proposals`, padded batches whose real lengths are
 tensors on the device, so that nothing on the training path has to ask the device for a size.
 
@@ -11,16 +11,21 @@ a box of one pixel has x1 == x2, and widths are x2 - x1 + 1.
 
 from fastrcnn.structures.box_list import BoxList
 from fastrcnn.structures.image_list import ImageList, to_image_list
+from fastrcnn.structures.keypoints import PERSON, Keypoints, PersonKeypoints, Skeleton
 from fastrcnn.structures.padded import Proposals, Targets
 from fastrcnn.structures.segmentation import FLIP_LEFT_RIGHT, FLIP_TOP_BOTTOM, SegmentationMask
 
 __all__ = [
     "FLIP_LEFT_RIGHT",
     "FLIP_TOP_BOTTOM",
+    "PERSON",
     "BoxList",
     "ImageList",
+    "Keypoints",
+    "PersonKeypoints",
     "Proposals",
     "SegmentationMask",
+    "Skeleton",
     "Targets",
     "to_image_list",
 ]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastrcnn.structures.keypoints import Keypoints
 from fastrcnn.structures.segmentation import FLIP_LEFT_RIGHT, FLIP_TOP_BOTTOM, SegmentationMask
 
 Size = tuple[int, int]
@@ -27,7 +28,7 @@ class BoxList:
         scores: float [n].
         objectness: float [n].
         masks: ground truth: a SegmentationMask; detections: mask probabilities, float [n, 1, M, M], in the box's frame.
-        keypoints: float [n, k, 3]: x, y, visibility.
+        keypoints: Keypoints, of ground truth and of detections.
     """
 
     boxes: Tensor
@@ -37,7 +38,7 @@ class BoxList:
     scores: Tensor | None = None
     objectness: Tensor | None = None
     masks: SegmentationMask | Tensor | None = None
-    keypoints: Tensor | None = None
+    keypoints: Keypoints | None = None
 
     def __post_init__(self) -> None:
         boxes = torch.as_tensor(self.boxes)
@@ -79,7 +80,7 @@ class BoxList:
         if isinstance(self.masks, SegmentationMask):
             changed["masks"] = self.masks.resize(size)
         if self.keypoints is not None:
-            changed["keypoints"] = self.keypoints * self.keypoints.new_tensor([*ratios, 1.0])
+            changed["keypoints"] = self.keypoints.resize(size)
         return replace(self, **changed)
 
     def transpose(self, method: int) -> BoxList:
@@ -99,7 +100,7 @@ class BoxList:
         elif self.masks is not None:
             changed["masks"] = self.masks.flip(-1 if method == FLIP_LEFT_RIGHT else -2)
         if self.keypoints is not None:
-            raise ValueError("BoxList.transpose: keypoints need the left-right map of their data set to be flipped")
+            changed["keypoints"] = self.keypoints.transpose(method)
         return replace(self, boxes=flipped, mode="xyxy", **changed).convert(self.mode)
 
     def crop(self, box: Sequence[float]) -> BoxList:
@@ -112,6 +113,8 @@ class BoxList:
         changed: dict[str, Any] = {}
         if isinstance(self.masks, SegmentationMask):
             changed["masks"] = self.masks.crop(box)
+        if self.keypoints is not None:
+            changed["keypoints"] = self.keypoints.crop(box)
         return replace(self, boxes=moved, size=(int(width), int(height)), mode="xyxy", **changed).convert(self.mode)
 
     def clip_to_image(self, remove_empty: bool = True) -> BoxList:

@@ -29,6 +29,7 @@ class Targets:
         instance_offsets: int64 [N * G + 1], instance n * G + g owns a range of polygons; empty where padded.
         max_vertices, max_polygons: the largest number of vertices and of polygons of one instance (host integers,
             known from the data: they bound loops without asking the device).
+        keypoints: float [N, G, K, 3], x, y and visibility; zeros where padded. None where the data have none.
     """
 
     boxes: Tensor
@@ -39,12 +40,14 @@ class Targets:
     instance_offsets: Tensor
     max_vertices: int
     max_polygons: int
+    keypoints: Tensor | None = None
 
     @classmethod
     def from_boxlists(cls, boxlists: Sequence[BoxList], min_capacity: int = 1) -> Targets:
-        """Pad ``boxlists`` (one an image; labels required, masks optional) to the most boxes of one of them.
+        """Pad ``boxlists`` (one an image) to the most boxes of one of them; labels are required.
 
-        ``min_capacity`` is the least to pad to. Works on the host: call it before the batch goes to the device.
+        ``min_capacity`` is the least to pad to. Masks and keypoints are optional. Works on the
+        host: call it before the batch goes to the device.
         """
         capacity = max([min_capacity, *(len(b) for b in boxlists)])
         dtype = boxlists[0].boxes.dtype if boxlists else torch.float32
@@ -69,6 +72,7 @@ class Targets:
             instance_offsets=_offsets([len(instance) for instance in instances]),
             max_vertices=max((sum(len(p) for p in instance) for instance in instances), default=0),
             max_polygons=max((len(instance) for instance in instances), default=0),
+            keypoints=_pad_keypoints(boxlists, capacity),
         )
 
     def _map(self, function: Any) -> Targets:
@@ -85,6 +89,26 @@ class Targets:
     def valid(self) -> Tensor:
         """bool [N, G]: which entries are real."""
         return torch.arange(self.labels.shape[1], device=self.labels.device) < self.count[:, None]
+
+
+def _pad_keypoints(boxlists: Sequence[BoxList], capacity: int) -> Tensor | None:
+    """[N, capacity, K, 3], or None where no BoxList has keypoints."""
+    first = next((b.keypoints.points for b in boxlists if b.keypoints is not None), None)
+    if first is None:
+        return None
+    padded = first.new_zeros((len(boxlists), capacity, *first.shape[1:]))
+    for row, boxlist in enumerate(boxlists):
+        if boxlist.keypoints is None:
+            if len(boxlist):
+                raise ValueError(f"targets[{row}] has no keypoints, but other targets of the batch have")
+        elif boxlist.keypoints.points.shape[1:] != first.shape[1:]:
+            raise ValueError(
+                f"targets[{row}] has {boxlist.keypoints.points.shape[1]} keypoints an instance, others have "
+                f"{first.shape[1]}"
+            )
+        else:
+            padded[row, : len(boxlist)] = boxlist.keypoints.points
+    return padded
 
 
 def _offsets(lengths: Sequence[int]) -> Tensor:
