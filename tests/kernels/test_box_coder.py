@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 
 from fastrcnn_kernels import (
     box_coder_reference,
-    clip_boxes_to_image,
     decode_boxes,
     decode_proposals,
     encode_boxes,
-    is_large_enough,
     set_backend,
 )
 from tests.kernels.helpers import ForbidSync, Guards, Place
@@ -176,39 +174,6 @@ def test_cpp_and_triton_agree_to_the_bit() -> None:
         assert torch.equal(cpp.nan_to_num(nan=-7.0), triton.nan_to_num(nan=-7.0))
 
 
-EXPONENTS = [0.0, -0.0, 1e-30, -1e-8, 0.34, 0.35, 1.0, -1.0, 4.1351666, -5.86889, 20.0, -20.0, 88.0, 88.8, 90.0, -87.0]
-EXPONENTS += [-88.0, -100.0, -103.9, -104.5, -1000.0, math.inf, -math.inf]
-
-
-def test_exponential(device: torch.device) -> None:
-    """With an anchor of side 1 at the origin and no offset, x2 - x1 is e^dw: within 1 ulp, also below the normals."""
-    dw = torch.cat([torch.tensor(EXPONENTS), torch.linspace(-104, 89, 2001)]).to(device)
-    deltas = torch.stack([dw * 0, dw * 0, dw, dw * 0], dim=1).nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
-    anchors = torch.tensor([[-1.0, -1.0, 1.0, 1.0]], device=device).expand(len(dw), 4)
-    right = decode_boxes(deltas, anchors, clip=math.inf)[:, 2].double()  # e^dw
-    truth = dw.double().exp()
-    exact = truth.float()
-    ulp = torch.maximum(exact.double() * 2.0**-23, torch.full_like(truth, 2.0**-149))
-    assert bool(((right - truth).abs() <= ulp)[exact < 1e38].all())
-    assert bool(right[exact.isinf()].isinf().all())
-
-
-def test_logarithm(device: torch.device) -> None:
-    """With an anchor of side 1, tw is the logarithm of a width: within 1 ulp, also next to 1 and below the normals."""
-    special = [1.0, 0.5, 2.0, 0.70710677, 0.7071068, 1.4142135, 1.4142137, 1e-45, 1e-38, 1.2e-38, 3e38, math.inf, 0.0]
-    near = 1 + torch.arange(-60, 60) * 2.0**-23
-    widths = torch.cat([torch.tensor([*special, -1.0, math.nan]), near, torch.logspace(-44, 38, 2001)]).to(device)
-    boxes = torch.stack([widths * 0, widths * 0, widths, widths * 0 + 1], dim=1).nan_to_num(nan=0.0, posinf=math.inf)
-    boxes[:, 2] = widths
-    anchors = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
-    actual = encode_boxes(boxes, anchors)[:, 2].double()
-    truth = widths.double().log()
-    assert torch.equal(actual.isnan(), truth.isnan())
-    finite = truth.isfinite()
-    assert torch.equal(actual[~finite & ~truth.isnan()], truth[~finite & ~truth.isnan()])
-    assert bool(((actual - truth).abs() <= truth.abs() * 2.0**-23)[finite].all())
-
-
 sides = st.tuples(st.floats(-500, 500), st.floats(-500, 500), st.floats(1, 400), st.floats(1, 400))
 
 
@@ -341,92 +306,6 @@ def test_empty(device: torch.device) -> None:
         sizes = torch.ones(lead[0], 2, dtype=torch.int64, device=device)
         boxes, valid = decode_proposals(empty(*lead, 4), empty(*lead, 4), sizes)
         assert (boxes.shape, valid.shape) == ((*lead, 4), lead)
-
-
-@pytest.mark.parametrize("offset", [0, 1])
-def test_gradcheck(place: Place, offset: int) -> None:
-    device, fast = torch.device(place.device), place.backend == "triton"
-    boxes = random_boxes(3, dtype=torch.float64).to(device).requires_grad_()
-    anchors = random_boxes(3, seed=1, dtype=torch.float64).to(device).requires_grad_()
-    deltas = random_deltas(3, 8).double().to(device).requires_grad_()
-    weights = WEIGHTS[2]
-
-    def encode(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        return encode_boxes(b, a, weights, box_offset=offset)
-
-    def decode(d: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        return decode_boxes(d, a, weights, box_offset=offset)
-
-    assert torch.autograd.gradcheck(encode, (boxes, anchors), fast_mode=fast)
-    assert torch.autograd.gradcheck(decode, (deltas, anchors), fast_mode=fast)
-    assert torch.autograd.gradgradcheck(decode, (deltas, anchors), fast_mode=True)
-
-
-@pytest.mark.parametrize("only", ["first", "anchors", "both"])
-def test_gradient_is_that_of_the_reference(device: torch.device, only: str) -> None:
-    """Also at and beyond the clip, at NaN and infinity, for one input alone."""
-    clip = 1.0
-    deltas = random_deltas(40, 12, scale=2).to(device)
-    deltas[0, 2], deltas[0, 3], deltas[1, 2], deltas[2, 6] = clip, math.inf, math.nan, -math.inf
-    inputs = {
-        "decode": (deltas, random_boxes(40).to(device)),
-        "encode": [random_boxes(40, seed=i).to(device) for i in (0, 1)],
-    }
-    for name, (first, anchors) in inputs.items():
-        grads = []
-        for ours in (True, False):
-            a = first.clone().requires_grad_(only != "anchors")
-            b = anchors.clone().requires_grad_(only != "first")
-            if name == "decode":
-                out = (
-                    decode_boxes(a, b, box_offset=1, clip=clip)
-                    if ours
-                    else box_coder_reference.decode(a, b, WEIGHTS[0], 1, clip)
-                )
-            else:
-                out = encode_boxes(a, b, WEIGHTS[1]) if ours else box_coder_reference.encode(a, b, WEIGHTS[1], 0)
-            (out * random_deltas(*out.shape, seed=5).to(device)).sum().backward()
-            grads.append((a.grad, b.grad))
-        for mine, truth in zip(*grads, strict=True):
-            assert (mine is None) == (truth is None)
-            if truth is not None:
-                torch.testing.assert_close(mine, truth, rtol=2e-5, atol=2e-4, equal_nan=True)
-    leaf = deltas[:3, :4].clone().requires_grad_()
-    decode_boxes(leaf, random_boxes(3).to(device), clip=clip).sum().backward()
-    decode_boxes(leaf, random_boxes(3).to(device), clip=clip)[:, 2:].sum().backward()
-    assert leaf.grad is not None
-    assert leaf.grad[0, 2] > 0, "at the bound the gradient passes, as in torch.clamp"
-    assert leaf.grad[0, 3] == 0, "beyond it there is none"
-
-
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shared", [False, True])
-def test_decode_proposals(device: torch.device, offset: int, dtype: torch.dtype, shared: bool) -> None:
-    """Equal to its three parts, for images of different sizes and anchors of one or of each image."""
-    deltas = random_deltas(3, 70, 4).to(device, dtype)
-    deltas[0, 3, 1] = math.nan
-    anchors = (random_boxes(70) if shared else random_boxes(3, 70)).to(device)
-    sizes = torch.tensor([[200, 300], [90, 400], [1, 1]], device=device)
-    boxes, valid = decode_proposals(deltas, anchors, sizes, WEIGHTS[2], box_offset=offset, min_size=20.0)
-    expected = clip_boxes_to_image(
-        decode_boxes(deltas, anchors, WEIGHTS[2], box_offset=offset), sizes, box_offset=offset
-    )
-    assert torch.equal(boxes.nan_to_num(nan=-7.0), expected.nan_to_num(nan=-7.0))
-    assert torch.equal(valid, is_large_enough(expected, 20.0, box_offset=offset))
-    assert 0 < int(valid[:2].sum()) < 140, "the case would prove nothing"
-    assert not valid[0, 3]
-    assert not valid[2].any()
-
-
-def test_decode_proposals_by_hand(device: torch.device) -> None:
-    anchors = torch.tensor([[0.0, 0.0, 9.0, 9.0], [95.0, 5.0, 104.0, 14.0], [40.0, -9.0, 49.0, 0.0]], device=device)
-    sizes = torch.tensor([[50, 100]], device=device)
-    deltas = torch.zeros(1, 3, 4, device=device)
-    boxes, valid = decode_proposals(deltas, anchors, sizes, box_offset=1, min_size=5)
-    assert boxes[0].tolist() == [[0, 0, 9, 9], [95, 5, 99, 14], [40, 0, 49, 0]]
-    assert valid[0].tolist() == [True, True, False], "5 pixels reach the smallest side, 1 does not"
-    assert decode_proposals(deltas, anchors, sizes, box_offset=1, min_size=5.5)[1][0].tolist() == [True, False, False]
 
 
 def test_no_host_sync(device: torch.device) -> None:
