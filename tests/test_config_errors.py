@@ -224,6 +224,15 @@ def test_the_first_of_several_mistakes_is_reported(tmp_path: Path) -> None:
             ],
             ["set MODEL.RESNETS.NUM_GROUPS 1"],
         ),
+        (
+            [
+                "MODEL.BACKBONE.CONV_BODY=R-18-FPN",
+                "MODEL.RESNETS.TRANS_FUNC=BasicBlockWithGN",
+                "MODEL.RESNETS.STAGE_WITH_DCN=(False, True, True, True)",
+            ],
+            ["no deformable convolutions", 'set MODEL.RESNETS.STAGE_WITH_DCN "(False, False, False, False)"'],
+        ),
+        (["MODEL.RESNETS.RES5_DILATION", "2"], ["set MODEL.RESNETS.RES5_DILATION 1"]),
         (["MODEL.RPN.USE_FPN", "False"], ["set MODEL.RPN.USE_FPN True"]),
         (["MODEL.BACKBONE.CONV_BODY", "R-50-C4"], ["set MODEL.RPN.USE_FPN False"]),
         (["MODEL.RPN.ANCHOR_STRIDE", "(16,)"], ['set MODEL.RPN.ANCHOR_STRIDE "(4, 8, 16, 32, 64)"', "got 1 and 5"]),
@@ -273,6 +282,14 @@ def test_single_level_models_have_one_stride_and_one_scale() -> None:
     assert 'set MODEL.RPN.ANCHOR_STRIDE "(16,)"' in message_of(None, ["MODEL.RPN.ANCHOR_STRIDE", "(8, 16)"])
     message = message_of(None, ["MODEL.ROI_BOX_HEAD.POOLER_SCALES", "(0.25, 0.125)"])
     assert 'set MODEL.ROI_BOX_HEAD.POOLER_SCALES "(0.0625,)"' in message
+    c5 = ["MODEL.BACKBONE.CONV_BODY", "R-50-C5"]
+    assert 'set MODEL.RPN.ANCHOR_STRIDE "(32,)"' in message_of(None, c5)
+    c5 += ["MODEL.RPN.ANCHOR_STRIDE", "(32,)"]
+    assert "fifth stage of a ResNet" in message_of(None, c5)
+    c5 += ["MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR", "FPN2MLPFeatureExtractor"]
+    assert 'set MODEL.ROI_BOX_HEAD.POOLER_SCALES "(0.03125,)"' in message_of(None, c5)
+    dilated = ["MODEL.RESNETS.RES5_DILATION", "2"]
+    assert 'set MODEL.RPN.ANCHOR_STRIDE "(16,)"' in message_of(None, [*c5, *dilated])
 
 
 def test_a_contradiction_names_the_line_of_the_key_that_was_set(tmp_path: Path) -> None:

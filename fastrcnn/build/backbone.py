@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastrcnn.config import Config
 from fastrcnn.conventions import Convention
+from fastrcnn.models.deformable import Deformable
 from fastrcnn.models.fpn import FPN, Backbone, LastLevelP6P7
 from fastrcnn.models.layers import NormFactory, frozen_batch_norm_factory, group_norm_factory
 from fastrcnn.models.resnet import ResNet
@@ -19,17 +20,21 @@ def build_backbone(cfg: Config, convention: Convention) -> Backbone:
     depth, neck = body_name(cfg)
     body = ResNet(
         depth,
-        norm=body_norm(cfg, convention),
+        norm=_norm(cfg, resnets.TRANS_FUNC, convention),
+        stem_norm=_norm(cfg, resnets.STEM_FUNC, convention),
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_CONV_BODY_AT,
-        out_stages={"FPN": (2, 3, 4, 5), "FPN-RETINANET": (3, 4, 5), "C4": (4,)}[neck],
+        out_stages={"FPN": (2, 3, 4, 5), "FPN-RETINANET": (3, 4, 5), "C4": (4,), "C5": (5,)}[neck],
         stem_out_channels=resnets.STEM_OUT_CHANNELS,
         num_groups=resnets.NUM_GROUPS,
         width_per_group=resnets.WIDTH_PER_GROUP,
         res2_out_channels=resnets.RES2_OUT_CHANNELS,
         stride_in_1x1=resnets.STRIDE_IN_1X1,
+        # a pyramid needs the stride of the last stage (config.checks)
         res5_dilation=resnets.RES5_DILATION,
+        deformable=Deformable(resnets.WITH_MODULATED_DCN, resnets.DEFORMABLE_GROUPS),
+        deformable_stages=[stage for stage, deforms in enumerate(resnets.STAGE_WITH_DCN, start=2) if deforms],
     )
-    if neck == "C4":
+    if neck in ("C4", "C5"):
         return Backbone(body, None, body.out_channels[-1])
     channels, top_blocks = resnets.BACKBONE_OUT_CHANNELS, None
     if neck == "FPN-RETINANET":
@@ -47,12 +52,15 @@ def build_backbone(cfg: Config, convention: Convention) -> Backbone:
 
 
 def body_name(cfg: Config) -> tuple[int, str]:
-    """(depth, "FPN", "FPN-RETINANET" or "C4") of ``MODEL.BACKBONE.CONV_BODY``."""
+    """(depth, "FPN", "FPN-RETINANET", "C4" or "C5") of ``MODEL.BACKBONE.CONV_BODY``."""
     _, depth, neck = cfg.MODEL.BACKBONE.CONV_BODY.split("-", 2)
     return int(depth), neck
 
 
 def body_norm(cfg: Config, convention: Convention) -> NormFactory:
-    if cfg.MODEL.RESNETS.TRANS_FUNC.endswith("GN"):
-        return group_norm(cfg)
-    return frozen_batch_norm_factory(convention.frozen_bn_eps)
+    """The normalisation of the residual blocks."""
+    return _norm(cfg, cfg.MODEL.RESNETS.TRANS_FUNC, convention)
+
+
+def _norm(cfg: Config, function: str, convention: Convention) -> NormFactory:
+    return group_norm(cfg) if function.endswith("GN") else frozen_batch_norm_factory(convention.frozen_bn_eps)

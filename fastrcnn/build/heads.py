@@ -8,8 +8,19 @@ from torch import nn
 from fastrcnn.build.backbone import body_name, body_norm, group_norm
 from fastrcnn.config import Config
 from fastrcnn.conventions import Convention
-from fastrcnn.models.box_head import BoxHead, BoxPredictor, FPN2MLPFeatureExtractor, ResNetConv5FeatureExtractor
-from fastrcnn.models.mask_head import MaskHead, MaskRCNNC4Predictor, MaskRCNNFPNFeatureExtractor
+from fastrcnn.models.box_head import (
+    BoxHead,
+    BoxPredictor,
+    FPN2MLPFeatureExtractor,
+    FPNXconv1fcFeatureExtractor,
+    ResNetConv5FeatureExtractor,
+)
+from fastrcnn.models.mask_head import (
+    MaskHead,
+    MaskRCNNC4Predictor,
+    MaskRCNNConv1x1Predictor,
+    MaskRCNNFPNFeatureExtractor,
+)
 from fastrcnn.models.pooler import Pooler
 from fastrcnn.models.resnet import make_stage
 
@@ -25,7 +36,6 @@ def _conv5_extractor(cfg: Config, in_channels: int, pooler: Pooler, convention: 
         width_per_group=resnets.WIDTH_PER_GROUP,
         res2_out_channels=resnets.RES2_OUT_CHANNELS,
         stride_in_1x1=resnets.STRIDE_IN_1X1,
-        first_stride=2,
         dilation=resnets.RES5_DILATION,
     )
     return ResNetConv5FeatureExtractor(pooler, stage5, out_channels)
@@ -38,6 +48,16 @@ def build_box_head(cfg: Config, in_channels: int, convention: Convention) -> Box
     if box.FEATURE_EXTRACTOR == "FPN2MLPFeatureExtractor":
         extractor = FPN2MLPFeatureExtractor(
             in_channels, pooler, box.MLP_HEAD_DIM, group_norm(cfg) if box.USE_GN else None
+        )
+    elif box.FEATURE_EXTRACTOR == "FPNXconv1fcFeatureExtractor":
+        extractor = FPNXconv1fcFeatureExtractor(
+            in_channels,
+            pooler,
+            box.MLP_HEAD_DIM,
+            conv_channels=box.CONV_HEAD_DIM,
+            num_convs=box.NUM_STACKED_CONVS,
+            dilation=box.DILATION,
+            norm=group_norm(cfg) if box.USE_GN else None,
         )
     else:
         extractor = _conv5_extractor(cfg, in_channels, pooler, convention)
@@ -80,9 +100,15 @@ def build_mask_head(cfg: Config, in_channels: int, convention: Convention, box: 
     positives_only = mask.POSITIVES_ONLY
     if positives_only == "auto":
         positives_only = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+    classes = cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES
+    predictor: MaskRCNNC4Predictor | MaskRCNNConv1x1Predictor
+    if mask.PREDICTOR == "MaskRCNNC4Predictor":
+        predictor = MaskRCNNC4Predictor(features, mask.CONV_LAYERS[-1], classes)
+    else:
+        predictor = MaskRCNNConv1x1Predictor(features, classes)
     return MaskHead(
         extractor,
-        MaskRCNNC4Predictor(features, mask.CONV_LAYERS[-1], cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES),
+        predictor,
         resolution=mask.RESOLUTION,
         positives_only=bool(positives_only),
     )

@@ -10,12 +10,11 @@ from fastrcnn.config import Config, ConfigError
 def refuse_what_is_not_built(cfg: Config) -> None:
     """Keys that the configuration allows because maskrcnn-benchmark has them, and that no code here acts on yet."""
     model, body = cfg.MODEL, cfg.MODEL.BACKBONE.CONV_BODY
-    bodies = [f"R-{depth}-{neck}" for neck in ("FPN", "C4", "FPN-RETINANET") for depth in (18, 34, 50, 101, 152)]
-    extractors = ["FPN2MLPFeatureExtractor", "ResNet50Conv5ROIFeatureExtractor"]
+    bodies = [f"R-{depth}-{neck}" for neck in ("FPN", "C4", "C5", "FPN-RETINANET") for depth in (18, 34, 50, 101, 152)]
+    extractors = ["FPN2MLPFeatureExtractor", "FPNXconv1fcFeatureExtractor", "ResNet50Conv5ROIFeatureExtractor"]
     rules: list[tuple[str, Any, list[Any]]] = [
         ("MODEL.BACKBONE.CONV_BODY", body, bodies),
         ("MODEL.KEYPOINT_ON", model.KEYPOINT_ON, [False]),
-        ("MODEL.RESNETS.STAGE_WITH_DCN", any(model.RESNETS.STAGE_WITH_DCN), [False]),
         ("MODEL.RPN.RPN_HEAD", model.RPN.RPN_HEAD, ["SingleConvRPNHead"]),
         ("TEST.BBOX_AUG.ENABLED", cfg.TEST.BBOX_AUG.ENABLED, [False]),
     ]
@@ -24,7 +23,6 @@ def refuse_what_is_not_built(cfg: Config) -> None:
     if model.MASK_ON:
         mask = model.ROI_MASK_HEAD
         rules += [
-            ("MODEL.ROI_MASK_HEAD.PREDICTOR", mask.PREDICTOR, ["MaskRCNNC4Predictor"]),
             ("MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS", mask.POSTPROCESS_MASKS, [False]),
         ]
         if not mask.SHARE_BOX_FEATURE_EXTRACTOR:
@@ -34,8 +32,3 @@ def refuse_what_is_not_built(cfg: Config) -> None:
         if value not in built:
             choices = " or ".join(str(choice) for choice in built)
             raise ConfigError(f"{key} {value!r} is not built by this version; choose {choices}")
-    if model.RESNETS.TRANS_FUNC.endswith("GN") != model.RESNETS.STEM_FUNC.endswith("GN"):
-        raise ConfigError(
-            f"MODEL.RESNETS.STEM_FUNC {model.RESNETS.STEM_FUNC!r} and TRANS_FUNC {model.RESNETS.TRANS_FUNC!r} differ "
-            "in their normalisation; choose both with GN or both with FixedBatchNorm"
-        )

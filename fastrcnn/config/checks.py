@@ -40,6 +40,12 @@ def _is_pyramid(cfg: Config) -> bool:
     return cfg.MODEL.BACKBONE.CONV_BODY.endswith("-FPN")
 
 
+def _level_stride(cfg: Config) -> int:
+    """Stride of the only level of a body without a pyramid (the FBNet architectures have that of C4)."""
+    dilated = cfg.MODEL.RESNETS.RES5_DILATION > 1
+    return 32 if cfg.MODEL.BACKBONE.CONV_BODY.endswith("-C5") and not dilated else 16
+
+
 def _solver(cfg: Config) -> Iterator[Problem]:
     steps = cfg.SOLVER.STEPS
     if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
@@ -111,6 +117,18 @@ def _backbone(cfg: Config) -> Iterator[Problem]:
             ("MODEL.RESNETS.NUM_GROUPS", *keys),
             f"MODEL.RESNETS.TRANS_FUNC {block} has no grouped convolutions; set MODEL.RESNETS.NUM_GROUPS 1",
         )
+    if basic_block and any(cfg.MODEL.RESNETS.STAGE_WITH_DCN):
+        yield (
+            ("MODEL.RESNETS.STAGE_WITH_DCN", *keys),
+            f"MODEL.RESNETS.TRANS_FUNC {block} has no deformable convolutions; set MODEL.RESNETS.STAGE_WITH_DCN "
+            '"(False, False, False, False)"',
+        )
+    if "-FPN" in body and cfg.MODEL.RESNETS.RES5_DILATION > 1:
+        yield (
+            ("MODEL.RESNETS.RES5_DILATION", "MODEL.BACKBONE.CONV_BODY"),
+            f"MODEL.BACKBONE.CONV_BODY {body} needs a last stage of stride 32, and a dilated one has 16; set "
+            "MODEL.RESNETS.RES5_DILATION 1",
+        )
 
 
 def _rpn(cfg: Config) -> Iterator[Problem]:
@@ -142,7 +160,13 @@ def _rpn(cfg: Config) -> Iterator[Problem]:
         yield (
             keys,
             f"MODEL.RPN.ANCHOR_STRIDE has {len(rpn.ANCHOR_STRIDE)} entries, but without MODEL.RPN.USE_FPN there is "
-            'one level; set MODEL.RPN.ANCHOR_STRIDE "(16,)"',
+            f'one level; set MODEL.RPN.ANCHOR_STRIDE "({_level_stride(cfg)},)"',
+        )
+    if body.endswith(("-C4", "-C5")) and rpn.ANCHOR_STRIDE != (_level_stride(cfg),):
+        yield (
+            ("MODEL.RPN.ANCHOR_STRIDE", "MODEL.BACKBONE.CONV_BODY"),
+            f"MODEL.RPN.ANCHOR_STRIDE {rpn.ANCHOR_STRIDE} does not fit MODEL.BACKBONE.CONV_BODY {body}; set "
+            f'MODEL.RPN.ANCHOR_STRIDE "({_level_stride(cfg)},)"',
         )
 
 
@@ -170,12 +194,15 @@ def _pooler(cfg: Config, head: str, scales: tuple[float, ...]) -> Iterator[Probl
     name = f"MODEL.{head}.POOLER_SCALES"
     keys = (name, "MODEL.ROI_HEADS.USE_FPN", "MODEL.BACKBONE.CONV_BODY")
     if not _is_pyramid(cfg):
+        body, scale = cfg.MODEL.BACKBONE.CONV_BODY, 1 / _level_stride(cfg)
         if len(scales) != 1:
             yield (
                 keys,
-                f"{name} has {len(scales)} entries, but MODEL.BACKBONE.CONV_BODY {cfg.MODEL.BACKBONE.CONV_BODY} has "
-                f'one level; set {name} "(0.0625,)"',
+                f"{name} has {len(scales)} entries, but MODEL.BACKBONE.CONV_BODY {body} has one level; "
+                f'set {name} "({scale},)"',
             )
+        elif body.endswith("-C5") and scales[0] != scale:
+            yield keys, f'{name} {scales} does not fit MODEL.BACKBONE.CONV_BODY {body}; set {name} "({scale},)"'
     elif len(scales) > 5 or any(scale != 0.25 / 2**level for level, scale in enumerate(scales)):
         yield (
             keys,
@@ -195,18 +222,12 @@ def _box_head(cfg: Config) -> Iterator[Problem]:
             f"MODEL.ROI_HEADS.USE_FPN {model.ROI_HEADS.USE_FPN} does not fit MODEL.BACKBONE.CONV_BODY {body}; "
             f"set MODEL.ROI_HEADS.USE_FPN {not model.ROI_HEADS.USE_FPN}",
         )
-    extractor_keys = ("MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR", "MODEL.BACKBONE.CONV_BODY")
-    if _is_pyramid(cfg) and not head.FEATURE_EXTRACTOR.startswith("FPN"):
+    if head.FEATURE_EXTRACTOR == "ResNet50Conv5ROIFeatureExtractor" and not body.endswith("-C4"):
+        wanted = "FBNet.roi_head" if body == "FBNet" else "FPN2MLPFeatureExtractor"
         yield (
-            extractor_keys,
-            f"MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR {head.FEATURE_EXTRACTOR} does not fit MODEL.BACKBONE.CONV_BODY "
-            f"{body}; set MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR FPN2MLPFeatureExtractor",
-        )
-    if head.FEATURE_EXTRACTOR.startswith("FBNet") and body != "FBNet":
-        yield (
-            extractor_keys,
-            f"MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR {head.FEATURE_EXTRACTOR} needs MODEL.BACKBONE.CONV_BODY FBNet, "
-            f"not {body}",
+            ("MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR", "MODEL.BACKBONE.CONV_BODY"),
+            f"MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR {head.FEATURE_EXTRACTOR} is the fifth stage of a ResNet and does "
+            f"not fit MODEL.BACKBONE.CONV_BODY {body}; set MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR {wanted}",
         )
     yield from _pooler(cfg, "ROI_BOX_HEAD", head.POOLER_SCALES)
     fitting = "FPNPredictor" if head.FEATURE_EXTRACTOR.startswith("FPN") else "FastRCNNPredictor"
@@ -239,20 +260,18 @@ def _mask_head(cfg: Config) -> Iterator[Problem]:
         extractor, pooled = model.ROI_BOX_HEAD.FEATURE_EXTRACTOR, model.ROI_BOX_HEAD.POOLER_RESOLUTION
     else:
         yield from _pooler(cfg, "ROI_MASK_HEAD", head.POOLER_SCALES)
-        if _is_pyramid(cfg) != (head.FEATURE_EXTRACTOR == "MaskRCNNFPNFeatureExtractor") and (
-            _is_pyramid(cfg) or model.BACKBONE.CONV_BODY != "FBNet"
-        ):
-            wanted = "MaskRCNNFPNFeatureExtractor" if _is_pyramid(cfg) else "ResNet50Conv5ROIFeatureExtractor"
+        body = model.BACKBONE.CONV_BODY
+        if head.FEATURE_EXTRACTOR == "ResNet50Conv5ROIFeatureExtractor" and not body.endswith("-C4"):
+            wanted = "FBNet.roi_head_mask" if body == "FBNet" else "MaskRCNNFPNFeatureExtractor"
             yield (
                 ("MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR", "MODEL.BACKBONE.CONV_BODY"),
-                f"MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR {head.FEATURE_EXTRACTOR} does not fit "
-                f"MODEL.BACKBONE.CONV_BODY {model.BACKBONE.CONV_BODY}; set MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR "
-                f"{wanted}",
+                f"MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR {head.FEATURE_EXTRACTOR} is the fifth stage of a ResNet and "
+                f"does not fit MODEL.BACKBONE.CONV_BODY {body}; set MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR {wanted}",
             )
         extractor, pooled = head.FEATURE_EXTRACTOR, head.POOLER_RESOLUTION
     if extractor.startswith("FBNet"):
         return  # the stride of these heads is part of the architecture
-    if extractor == "ResNet50Conv5ROIFeatureExtractor":
+    if extractor == "ResNet50Conv5ROIFeatureExtractor" and model.RESNETS.RES5_DILATION == 1:
         pooled = (pooled + 1) // 2
     predicted = pooled * (2 if head.PREDICTOR == "MaskRCNNC4Predictor" else 1)
     if head.RESOLUTION != predicted:

@@ -191,7 +191,9 @@ class ResnetsConfig(Section):
     STRIDE_IN_1X1: Bool = key(True, "The stride sits in the first 1x1 convolution (MSRA weights), else in the 3x3")
     TRANS_FUNC: TransFunc = key("BottleneckWithFixedBatchNorm", "Residual block; the BasicBlock ones are ours")
     STEM_FUNC: StemFunc = key("StemWithFixedBatchNorm", "First convolution and its normalisation")
-    RES5_DILATION: Literal[1, 2] = key(1, "Dilation of the last stage; 2 keeps its stride at 16")
+    RES5_DILATION: Literal[1, 2] = key(
+        1, "Dilation of the fifth stage, in a C4 head or a C5 body; 2 in the place of its stride"
+    )
     BACKBONE_OUT_CHANNELS: PositiveInt = key(1024, "Channels that the backbone hands on: 1024 for C4, 256 for FPN")
     RES2_OUT_CHANNELS: PositiveInt = key(
         256, "Output channels of the first stage of bottlenecks; doubles with each stage"

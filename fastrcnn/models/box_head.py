@@ -68,8 +68,45 @@ class FPN2MLPFeatureExtractor(nn.Module):
         return F.relu(self.fc7(F.relu(self.fc6(x))))
 
 
+class FPNXconv1fcFeatureExtractor(nn.Module):
+    """Pooled features through 3x3 convolutions and one linear layer, ReLU after each (``xconvs`` and ``fc6``).
+
+    The head of the recipes with group normalisation (Wu & He, 2018). With a norm the convolutions have no bias; the
+    linear layer has no norm.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        pooler: Pooler,
+        hidden: int,
+        *,
+        conv_channels: int = 256,
+        num_convs: int = 4,
+        dilation: int = 1,
+        norm: NormFactory | None = None,
+    ) -> None:
+        super().__init__()
+        self.pooler = pooler
+        layers: list[nn.Module] = []
+        for channels in [in_channels, *[conv_channels] * (num_convs - 1)]:
+            conv = nn.Conv2d(channels, conv_channels, 3, padding=dilation, dilation=dilation, bias=norm is None)
+            normal_init(conv, std=0.01)
+            layers += [conv, *([norm(conv_channels)] if norm else []), nn.ReLU(inplace=True)]
+        self.xconvs = nn.Sequential(*layers)
+        self.fc6 = make_fc(conv_channels * pooler.resolution**2, hidden)
+        self.out_channels = hidden
+
+    def forward(self, features: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """[K, hidden] for rois [K, 5]."""
+        return F.relu(self.fc6(self.xconvs(self.pooler(features, rois)).flatten(1)))
+
+
 class ResNetConv5FeatureExtractor(nn.Module):
-    """Pooled features through stage 5 of a ResNet, which halves their side (the "C4" heads): ``head.layer4``."""
+    """Pooled features through stage 5 of a ResNet (the "C4" heads): ``head.layer4``.
+
+    The stage halves their side, or keeps it where it is dilated.
+    """
 
     def __init__(self, pooler: Pooler, stage5: nn.Module, out_channels: int) -> None:
         super().__init__()
@@ -78,7 +115,7 @@ class ResNetConv5FeatureExtractor(nn.Module):
         self.out_channels = out_channels
 
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """[K, C, resolution / 2, resolution / 2] for rois [K, 5]."""
+        """[K, C, M, M] for rois [K, 5]; M is the pooler's resolution, or half of it."""
         return self.head["layer4"](self.pooler(features, rois))
 
 

@@ -76,6 +76,30 @@ class MaskRCNNC4Predictor(nn.Module):
         return kernels.mask_class_logits(self.conv5_mask(x), last.weight, last.bias, labels, relu=True)
 
 
+class MaskRCNNConv1x1Predictor(nn.Module):
+    """A 1x1 convolution to one mask a class, at the resolution of the features."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.mask_fcn_logits = conv_kaiming_normal(in_channels, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits of all classes [K, classes, M, M]. Training and detection need one class a region: see below."""
+        return self.mask_fcn_logits(x)
+
+    def loss(self, x: Tensor, labels: Tensor, targets: Tensor, normaliser: Tensor) -> Tensor:
+        """Binary cross entropy of the masks [K, M, M] of the classes ``labels``; a negative label is padding."""
+        last = self.mask_fcn_logits
+        assert last.bias is not None
+        return kernels.mask_loss(x, last.weight, last.bias, labels, targets, normaliser, relu=False)
+
+    def class_logits(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The logits [K, M, M] of the classes ``labels``, at least float32. No gradient."""
+        last = self.mask_fcn_logits
+        assert last.bias is not None
+        return kernels.mask_class_logits(x, last.weight, last.bias, labels, relu=False)
+
+
 class MaskHead(nn.Module):
     """Features, prediction, loss and mask probabilities.
 
@@ -87,7 +111,12 @@ class MaskHead(nn.Module):
     """
 
     def __init__(
-        self, feature_extractor: nn.Module, predictor: MaskRCNNC4Predictor, *, resolution: int, positives_only: bool
+        self,
+        feature_extractor: nn.Module,
+        predictor: MaskRCNNC4Predictor | MaskRCNNConv1x1Predictor,
+        *,
+        resolution: int,
+        positives_only: bool,
     ) -> None:
         super().__init__()
         self.feature_extractor = feature_extractor

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastrcnn.models.deformable import Deformable, DeformableConv3x3
 from fastrcnn.models.layers import NormFactory, conv_kaiming_uniform, norm_relu
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -31,7 +32,10 @@ class Stem(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions with a residual. ``stride_in_1x1``: the first 1x1 strides (MSRA), else the 3x3."""
+    """1x1, 3x3, 1x1 convolutions with a residual. ``stride_in_1x1``: the first 1x1 strides (MSRA), else the 3x3.
+
+    With ``deformable`` the 3x3 deforms: ``conv2.offset`` and ``conv2.conv`` in the state dict.
+    """
 
     def __init__(
         self,
@@ -44,15 +48,22 @@ class Bottleneck(nn.Module):
         stride_in_1x1: bool,
         dilation: int,
         norm: NormFactory,
+        deformable: Deformable | None = None,
     ) -> None:
         super().__init__()
         self.downsample = _downsample(in_channels, out_channels, stride, norm)
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = conv_kaiming_uniform(in_channels, width, 1, stride=stride_1x1, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = conv_kaiming_uniform(
-            width, width, 3, stride=stride_3x3, padding=dilation, dilation=dilation, groups=num_groups, bias=False
-        )
+        self.conv2: nn.Module
+        if deformable is None:
+            self.conv2 = conv_kaiming_uniform(
+                width, width, 3, stride=stride_3x3, padding=dilation, dilation=dilation, groups=num_groups, bias=False
+            )
+        else:
+            self.conv2 = DeformableConv3x3(
+                width, width, deformable=deformable, stride=stride_3x3, dilation=dilation, groups=num_groups
+            )
         self.bn2 = norm(width)
         self.conv3 = conv_kaiming_uniform(width, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)
@@ -101,16 +112,22 @@ def make_stage(
     width_per_group: int = 64,
     res2_out_channels: int = 256,
     stride_in_1x1: bool = True,
-    first_stride: int | None = None,
     dilation: int = 1,
+    deformable: Deformable | None = None,
 ) -> tuple[nn.Sequential, int]:
     """Stage 2 to 5 of a ResNet (``layer1`` to ``layer4``) and its number of output channels.
 
     Basic blocks have num_groups * width_per_group output channels in stage 2, bottlenecks ``res2_out_channels``; each
-    later stage doubles them. ``dilation`` 2 replaces the stride of the stage (``RES5_DILATION``).
+    later stage doubles them. ``dilation`` 2 replaces the stride of the stage (``RES5_DILATION``). ``deformable``, for
+    bottlenecks: how their 3x3 convolutions deform.
+
+    Raises:
+        ValueError: for basic blocks with ``deformable``, and where ``num_groups`` does not divide the width.
     """
+    if depth in BASIC_DEPTHS and deformable is not None:
+        raise ValueError(f"ResNet-{depth}: basic blocks have no deformable convolution")
     factor = 2 ** (stage - 2)
-    stride = first_stride if first_stride is not None else (1 if stage == 2 or dilation > 1 else 2)
+    stride = 1 if stage == 2 or dilation > 1 else 2
     width = num_groups * width_per_group * factor
     out_channels = width if depth in BASIC_DEPTHS else res2_out_channels * factor
     blocks: list[nn.Module] = []
@@ -128,6 +145,7 @@ def make_stage(
                 stride_in_1x1=stride_in_1x1,
                 dilation=dilation,
                 norm=norm,
+                deformable=deformable,
             )
         blocks.append(block)
         in_channels = out_channels
@@ -139,11 +157,13 @@ class ResNet(nn.Module):
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        norm: makes the normalisation layer for a channel count.
-        freeze_at: the stem (1) and the stages up to this number (2: also ``layer1`` ...) take no gradient; 0: none.
+        norm: makes the normalisation layer for a channel count; ``stem_norm`` that of the stem, if it is another.
+        freeze_at: the stem (1) and the stages up to this number (2: also ``layer1`` ...) take no gradient; 0 or less:
+            none.
         out_stages: stages 2..5 whose output is returned, in order.
         stem_out_channels, num_groups, width_per_group, res2_out_channels, stride_in_1x1, res5_dilation: as
             ``MODEL.RESNETS.*``.
+        deformable, deformable_stages: the 3x3 convolutions of these stages (2 to 5) deform.
 
     Attributes:
         out_channels: channels of each returned feature map.
@@ -154,6 +174,7 @@ class ResNet(nn.Module):
         depth: int,
         *,
         norm: NormFactory,
+        stem_norm: NormFactory | None = None,
         freeze_at: int = 2,
         out_stages: Sequence[int] = (2, 3, 4, 5),
         stem_out_channels: int = 64,
@@ -162,11 +183,13 @@ class ResNet(nn.Module):
         res2_out_channels: int = 256,
         stride_in_1x1: bool = True,
         res5_dilation: int = 1,
+        deformable: Deformable | None = None,
+        deformable_stages: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.out_stages = tuple(out_stages)
         self.stages: list[int] = list(range(2, max(out_stages) + 1))
-        self.stem = Stem(stem_out_channels, norm)
+        self.stem = Stem(stem_out_channels, stem_norm or norm)
         channels, all_channels = stem_out_channels, {}
         for stage in self.stages:
             module, channels = make_stage(
@@ -179,6 +202,7 @@ class ResNet(nn.Module):
                 res2_out_channels=res2_out_channels,
                 stride_in_1x1=stride_in_1x1,
                 dilation=res5_dilation if stage == 5 else 1,
+                deformable=deformable if stage in deformable_stages else None,
             )
             all_channels[stage] = channels
             self.add_module(f"layer{stage - 1}", module)
@@ -187,7 +211,7 @@ class ResNet(nn.Module):
 
     def _freeze(self, freeze_at: int) -> None:
         names = ["stem", *(f"layer{stage - 1}" for stage in self.stages)]
-        for name in names[:freeze_at]:
+        for name in names[: max(0, freeze_at)]:
             for parameter in self.get_submodule(name).parameters():
                 parameter.requires_grad_(False)
 

@@ -211,9 +211,7 @@ def test_mixed_precision_losses_are_near_those_of_float32(dtype):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["MODEL.RESNETS.STEM_FUNC", "StemWithGN"], "differ in their normalisation"),
         (["MODEL.ROI_MASK_HEAD.SHARE_BOX_FEATURE_EXTRACTOR", "True"], "SHARE_BOX_FEATURE_EXTRACTOR"),
-        (["MODEL.RESNETS.STAGE_WITH_DCN", "(False, True, True, True)"], "STAGE_WITH_DCN"),
         (["MODEL.CONVENTION", "detectron2"], "MODEL.CONVENTION"),
         (["TEST.BBOX_AUG.ENABLED", "True"], "TEST.BBOX_AUG.ENABLED True is not built"),
         (["MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS", "True"], "POSTPROCESS_MASKS"),
