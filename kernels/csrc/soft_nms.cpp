@@ -37,6 +37,8 @@ __attribute__((always_inline)) inline void lower(Lists<T>& l, int64_t size, cons
     const T *lx1 = l.x1.data() + start, *ly1 = l.y1.data() + start, *lx2 = l.x2.data() + start;
     const T *ly2 = l.y2.data() + start, *larea = l.area.data() + start;
     T* score = l.score.data() + start;
+    T iou[kLanes];
+    int overlaps = 0;
     for (int i = 0; i < kLanes; ++i) {
       const T left = x1 < lx1[i] ? lx1[i] : x1, above = y1 < ly1[i] ? ly1[i] : y1;
       const T right = lx2[i] < x2 ? lx2[i] : x2, below = ly2[i] < y2 ? ly2[i] : y2;
@@ -44,19 +46,24 @@ __attribute__((always_inline)) inline void lower(Lists<T>& l, int64_t size, cons
       width = T(0) < width ? width : T(0);
       height = T(0) < height ? height : T(0);
       const T inter = width * height;
-      const T iou = inter / (area + larea[i] - inter);
-      T weight;
-      if (kGaussian) {
-        const T decay = box_coder::exponential(-(iou * iou) / sigma);
-        weight = iou > T(0) ? decay : T(1);
-      } else {
-        weight = iou > threshold ? T(1) - iou : T(1);
-      }
-      const T lowered = score[i] * weight;
-      const T left_over = lowered >= min_score ? lowered : kGone;
-      score[i] = left_over;
-      top[i] = left_over > top[i] ? left_over : top[i];
+      iou[i] = inter / (area + larea[i] - inter);
+      overlaps |= kGaussian ? iou[i] > T(0) : iou[i] > threshold;
     }
+    // Most blocks have nothing to lower: their scores are as they were, and were not too low.
+    if (overlaps != 0) {
+      for (int i = 0; i < kLanes; ++i) {
+        T weight;
+        if (kGaussian) {
+          const T decay = box_coder::exponential(-(iou[i] * iou[i]) / sigma);
+          weight = iou[i] > T(0) ? decay : T(1);
+        } else {
+          weight = iou[i] > threshold ? T(1) - iou[i] : T(1);
+        }
+        const T lowered = score[i] * weight;
+        score[i] = lowered >= min_score ? lowered : kGone;
+      }
+    }
+    for (int i = 0; i < kLanes; ++i) top[i] = score[i] > top[i] ? score[i] : top[i];
   }
   for (int i = 0; i < kLanes; ++i) best[i] = top[i];
 }
