@@ -36,6 +36,9 @@ class Convention:
         anchor_scales: ``exact``, or ``truncated`` to whole pixels, of the octaves of RetinaNet.
         retinanet_clips_before_nms: whether RetinaNet clips boxes to the image before NMS; else after it, and drops
             what is left without an extent.
+        keypoint_filter: a region learns keypoints only if it has a visible one inside this box: ``ground_truth``,
+            ``proposal``, or ``none`` for all positive regions.
+        keypoint_score: rule of :func:`fastrcnn_kernels.keypoints_from_heatmaps`.
         detection_ties: whether all that tie with the last detection are kept, or the number is exact.
     """
 
@@ -55,6 +58,8 @@ class Convention:
     retinanet_background_column: bool
     anchor_scales: Literal["exact", "truncated"]
     retinanet_clips_before_nms: bool
+    keypoint_filter: Literal["ground_truth", "proposal", "none"]
+    keypoint_score: Literal["logit", "probability"]
     detection_ties: bool
 
 
@@ -75,6 +80,8 @@ MASKRCNN_BENCHMARK = Convention(
     retinanet_background_column=False,
     anchor_scales="exact",
     retinanet_clips_before_nms=True,
+    keypoint_filter="ground_truth",
+    keypoint_score="logit",
     detection_ties=True,
 )
 

@@ -7,7 +7,7 @@ from torch import nn
 from fastrcnn.build.backbone import build_backbone
 from fastrcnn.build.data import build_dataset, build_test_loader, build_test_transform, build_train_loader
 from fastrcnn.build.family import classes_key, gives_proposals, num_classes
-from fastrcnn.build.heads import build_box_head, build_mask_head
+from fastrcnn.build.heads import build_box_head, build_keypoint_head, build_mask_head
 from fastrcnn.build.rpn import build_retinanet, build_rpn
 from fastrcnn.build.unsupported import refuse_what_is_not_built
 from fastrcnn.config import Config, ConfigError
@@ -46,13 +46,15 @@ def _assemble(cfg: Config, convention: Convention) -> GeneralizedRCNN:
     if cfg.MODEL.RETINANET_ON:
         retinanet = build_retinanet(cfg, backbone.out_channels, convention)
         return GeneralizedRCNN(backbone, retinanet, channels_last=cfg.MODEL.CHANNELS_LAST)
-    box = mask = None
+    box = mask = keypoint = None
     if not cfg.MODEL.RPN_ONLY:
         box = build_box_head(cfg, backbone.out_channels, convention)
         if cfg.MODEL.MASK_ON:
             mask = build_mask_head(cfg, backbone.out_channels, convention, box)
+        if cfg.MODEL.KEYPOINT_ON:
+            keypoint = build_keypoint_head(cfg, backbone.out_channels, convention, box)
     rpn = build_rpn(cfg, backbone.out_channels, convention)
-    return GeneralizedRCNN(backbone, rpn, box, mask, channels_last=cfg.MODEL.CHANNELS_LAST)
+    return GeneralizedRCNN(backbone, rpn, box, mask, keypoint, channels_last=cfg.MODEL.CHANNELS_LAST)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from fastrcnn.models.box_head import (
     FPNXconv1fcFeatureExtractor,
     ResNetConv5FeatureExtractor,
 )
+from fastrcnn.models.keypoint_head import KeypointHead, KeypointRCNNFeatureExtractor, KeypointRCNNPredictor
 from fastrcnn.models.mask_head import (
     MaskHead,
     MaskRCNNC4Predictor,
@@ -97,9 +98,6 @@ def build_mask_head(cfg: Config, in_channels: int, convention: Convention, box: 
         else:
             extractor = _conv5_extractor(cfg, in_channels, pooler, convention)
     features: int = extractor.out_channels  # type: ignore[assignment]
-    positives_only = mask.POSITIVES_ONLY
-    if positives_only == "auto":
-        positives_only = torch.device(cfg.MODEL.DEVICE).type == "cpu"
     classes = cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES
     predictor: MaskRCNNC4Predictor | MaskRCNNConv1x1Predictor
     if mask.PREDICTOR == "MaskRCNNC4Predictor":
@@ -110,5 +108,28 @@ def build_mask_head(cfg: Config, in_channels: int, convention: Convention, box: 
         extractor,
         predictor,
         resolution=mask.RESOLUTION,
-        positives_only=bool(positives_only),
+        positives_only=_positives_only(cfg, mask.POSITIVES_ONLY),
     )
+
+
+def build_keypoint_head(cfg: Config, in_channels: int, convention: Convention, box: BoxHead) -> KeypointHead:
+    keypoint = cfg.MODEL.ROI_KEYPOINT_HEAD
+    extractor: nn.Module
+    if keypoint.SHARE_BOX_FEATURE_EXTRACTOR:
+        extractor = box.feature_extractor
+    else:
+        pooler = Pooler(keypoint.POOLER_RESOLUTION, keypoint.POOLER_SCALES, keypoint.POOLER_SAMPLING_RATIO, convention)
+        extractor = KeypointRCNNFeatureExtractor(in_channels, pooler, keypoint.CONV_LAYERS)
+    features: int = extractor.out_channels  # type: ignore[assignment]
+    return KeypointHead(
+        extractor,
+        KeypointRCNNPredictor(features, keypoint.NUM_CLASSES),
+        convention,
+        num_keypoints=keypoint.NUM_CLASSES,
+        resolution=keypoint.RESOLUTION,
+        positives_only=_positives_only(cfg, keypoint.POSITIVES_ONLY),
+    )
+
+
+def _positives_only(cfg: Config, value: str | bool) -> bool:
+    return torch.device(cfg.MODEL.DEVICE).type == "cpu" if value == "auto" else bool(value)

@@ -14,7 +14,6 @@ def refuse_what_is_not_built(cfg: Config) -> None:
     extractors = ["FPN2MLPFeatureExtractor", "FPNXconv1fcFeatureExtractor", "ResNet50Conv5ROIFeatureExtractor"]
     rules: list[tuple[str, Any, list[Any]]] = [
         ("MODEL.BACKBONE.CONV_BODY", body, bodies),
-        ("MODEL.KEYPOINT_ON", model.KEYPOINT_ON, [False]),
         ("MODEL.RPN.RPN_HEAD", model.RPN.RPN_HEAD, ["SingleConvRPNHead"]),
         ("TEST.BBOX_AUG.ENABLED", cfg.TEST.BBOX_AUG.ENABLED, [False]),
     ]
@@ -28,6 +27,9 @@ def refuse_what_is_not_built(cfg: Config) -> None:
         if not mask.SHARE_BOX_FEATURE_EXTRACTOR:
             extractors = ["MaskRCNNFPNFeatureExtractor", "ResNet50Conv5ROIFeatureExtractor"]
             rules.append(("MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR", mask.FEATURE_EXTRACTOR, extractors))
+    if model.KEYPOINT_ON and not model.ROI_KEYPOINT_HEAD.SHARE_BOX_FEATURE_EXTRACTOR:
+        extractor = model.ROI_KEYPOINT_HEAD.FEATURE_EXTRACTOR
+        rules.append(("MODEL.ROI_KEYPOINT_HEAD.FEATURE_EXTRACTOR", extractor, ["KeypointRCNNFeatureExtractor"]))
     for key, value, built in rules:
         if value not in built:
             choices = " or ".join(str(choice) for choice in built)

@@ -289,14 +289,23 @@ def _keypoint_head(cfg: Config) -> Iterator[Problem]:
     model, head = cfg.MODEL, cfg.MODEL.ROI_KEYPOINT_HEAD
     if not model.KEYPOINT_ON:
         return
+    key = "MODEL.ROI_KEYPOINT_HEAD.RESOLUTION"
+    extractor: str
     if head.SHARE_BOX_FEATURE_EXTRACTOR:
         yield from _sharing(cfg, "ROI_KEYPOINT_HEAD", "MODEL.KEYPOINT_ON")
-        return
-    yield from _pooler(cfg, "ROI_KEYPOINT_HEAD", head.POOLER_SCALES)
-    predicted = head.POOLER_RESOLUTION * 4
-    if head.FEATURE_EXTRACTOR == "KeypointRCNNFeatureExtractor" and head.RESOLUTION != predicted:
+        extractor, pooled = model.ROI_BOX_HEAD.FEATURE_EXTRACTOR, model.ROI_BOX_HEAD.POOLER_RESOLUTION
+        keys = (key, "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION")
+    else:
+        yield from _pooler(cfg, "ROI_KEYPOINT_HEAD", head.POOLER_SCALES)
+        extractor, pooled = head.FEATURE_EXTRACTOR, head.POOLER_RESOLUTION
+        keys = (key, "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION")
+    if extractor.startswith("FBNet"):
+        return  # the stride of these heads is part of the architecture
+    if extractor == "ResNet50Conv5ROIFeatureExtractor":
+        pooled = (pooled + 1) // 2
+    predicted = pooled * 4
+    if head.RESOLUTION != predicted:
         yield (
-            ("MODEL.KEYPOINT_ON", "MODEL.ROI_KEYPOINT_HEAD.RESOLUTION", "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION"),
-            f"MODEL.ROI_KEYPOINT_HEAD.RESOLUTION is {head.RESOLUTION}, but the head predicts {predicted} x "
-            f"{predicted}; set MODEL.ROI_KEYPOINT_HEAD.RESOLUTION {predicted}",
+            ("MODEL.KEYPOINT_ON", *keys),
+            f"{key} is {head.RESOLUTION}, but the head predicts {predicted} x {predicted}; set {key} {predicted}",
         )

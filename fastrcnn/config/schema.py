@@ -181,6 +181,9 @@ class RoiKeypointHeadConfig(Section):
     RESOLUTION: PositiveInt = key(14, "Side of the predicted heat map: 4 times POOLER_RESOLUTION")
     NUM_CLASSES: PositiveInt = key(17, "Number of keypoints of an object")
     SHARE_BOX_FEATURE_EXTRACTOR: Bool = key(True, "Use the features of the box head (FPN models: False)")
+    POSITIVES_ONLY: Literal["auto"] | Bool = own(
+        "auto", "Run the head on the regions that have keypoints only, not on the padded number; auto = on the CPU"
+    )
 
 
 class ResnetsConfig(Section):

@@ -1,4 +1,4 @@
-"""The detector: Faster R-CNN, Mask R-CNN, a region proposal network alone, or RetinaNet."""
+"""The detector: Faster R-CNN, Mask R-CNN, Keypoint R-CNN, a region proposal network alone, or RetinaNet."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import fastrcnn_kernels as kernels
 from fastrcnn.models import box_head, rpn
 from fastrcnn.models.box_head import BoxHead
+from fastrcnn.models.keypoint_head import KeypointHead
 from fastrcnn.models.mask_head import MaskHead
 from fastrcnn.models.retinanet import RetinaNet
 from fastrcnn.models.rpn import RPN
@@ -21,7 +22,7 @@ class GeneralizedRCNN(nn.Module):
 
     In training, ``model(images, targets)`` gives a dict of scalar losses. In evaluation, ``model(images)`` gives a
     BoxList an image, in the frame of the network's input (resized, before padding): boxes, labels, scores and, with a
-    mask head, mask probabilities [n, 1, M, M].
+    mask head, mask probabilities [n, 1, M, M], with a keypoint head, Keypoints.
 
     The random samples of training depend on (seed, step, image id) and on nothing else. :meth:`set_sampling` sets seed
     and step; every training forward advances the step by one.
@@ -30,7 +31,7 @@ class GeneralizedRCNN(nn.Module):
         backbone: images to feature levels.
         rpn: the proposals; or RetinaNet, which gives detections itself and has no heads after it.
         box: None trains and tests the RPN alone.
-        mask: optional; needs ``box``.
+        mask, keypoint: optional; need ``box``.
         channels_last: hold weights and feature maps in NHWC order, which convolutions prefer on most devices.
     """
 
@@ -43,6 +44,7 @@ class GeneralizedRCNN(nn.Module):
         rpn: RPN | RetinaNet,
         box: BoxHead | None = None,
         mask: MaskHead | None = None,
+        keypoint: KeypointHead | None = None,
         *,
         channels_last: bool = False,
     ) -> None:
@@ -54,10 +56,11 @@ class GeneralizedRCNN(nn.Module):
             raise ValueError("RetinaNet has no box head")
         if box is not None:
             heads["box"] = box
-        if mask is not None:
-            if box is None:
-                raise ValueError("a mask head needs a box head")
-            heads["mask"] = mask
+        for name, head in (("mask", mask), ("keypoint", keypoint)):
+            if head is not None:
+                if box is None:
+                    raise ValueError(f"a {name} head needs a box head")
+                heads[name] = head
         self.roi_heads = nn.ModuleDict(heads)
         self.register_buffer("sampling_seed", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("sampling_step", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -106,6 +109,10 @@ class GeneralizedRCNN(nn.Module):
                 mask: MaskHead = self.roi_heads["mask"]  # type: ignore[assignment]
                 shared = mask.feature_extractor is box.feature_extractor
                 losses |= mask.forward_train(features, sampled, targets, box_features if shared else None)
+            if "keypoint" in self.roi_heads:
+                keypoint: KeypointHead = self.roi_heads["keypoint"]  # type: ignore[assignment]
+                shared = keypoint.feature_extractor is box.feature_extractor
+                losses |= keypoint.forward_train(features, sampled, targets, box_features if shared else None)
         self.sampling_step += 1
         return losses
 
@@ -121,4 +128,7 @@ class GeneralizedRCNN(nn.Module):
         if "mask" in self.roi_heads:
             mask: MaskHead = self.roi_heads["mask"]  # type: ignore[assignment]
             detections = mask.forward_test(features, detections)
+        if "keypoint" in self.roi_heads:
+            keypoint: KeypointHead = self.roi_heads["keypoint"]  # type: ignore[assignment]
+            detections = keypoint.forward_test(features, detections)
         return detections

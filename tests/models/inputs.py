@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from fastrcnn.build import build_model
 from fastrcnn.config import Config, load_config
 from fastrcnn.models.detector import GeneralizedRCNN
-from fastrcnn.structures import BoxList, ImageList, SegmentationMask, to_image_list
+from fastrcnn.structures import BoxList, ImageList, PersonKeypoints, SegmentationMask, to_image_list
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -43,6 +44,21 @@ RETINANET = [
     "MODEL.RETINANET.NUM_CONVS", "2",
 ]  # fmt: skip
 
+# Keypoint R-CNN on top of e2e_faster_rcnn_R_50_FPN_1x.yaml.
+KEYPOINTS = [
+    "MODEL.KEYPOINT_ON", "True",
+    "MODEL.ROI_KEYPOINT_HEAD.SHARE_BOX_FEATURE_EXTRACTOR", "False",
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_SCALES", "(0.25, 0.125, 0.0625, 0.03125)",
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO", "2",
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION", "7",
+    "MODEL.ROI_KEYPOINT_HEAD.RESOLUTION", "28",
+    "MODEL.ROI_KEYPOINT_HEAD.CONV_LAYERS", "(16, 16)",
+]  # fmt: skip
+
+
+def small_keypoint_rcnn(*overrides: str, seed: int = 0) -> GeneralizedRCNN:
+    return small_model(*KEYPOINTS, *overrides, seed=seed, config_file="e2e_faster_rcnn_R_50_FPN_1x.yaml")
+
 
 def small_retinanet(*overrides: str, seed: int = 0) -> GeneralizedRCNN:
     return small_model(*RETINANET, *overrides, seed=seed, config_file="rpn_R_50_FPN_1x.yaml")
@@ -72,6 +88,19 @@ def random_target(
         polygons.append([box[:2] + torch.rand(vertices, 2, generator=generator) * (box[2:] - box[:2])])
     labels = torch.randint(1, num_classes, (num_boxes,), generator=generator)
     return BoxList(boxes.to(dtype), size, labels=labels, masks=SegmentationMask(polygons, size))
+
+
+def with_keypoints(targets: Sequence[BoxList], seed: int = 0) -> list[BoxList]:
+    """The targets with 17 keypoints each, a few of them outside the box and a third not labelled."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for target in targets:
+        low, extent = target.boxes[:, None, :2], (target.boxes[:, 2:] - target.boxes[:, :2])[:, None]
+        places = low + extent * (torch.rand(len(target), 17, 2, generator=generator) * 1.2 - 0.1)
+        visibility = torch.randint(0, 3, (len(target), 17, 1), generator=generator)
+        points = torch.cat([places, visibility.to(places.dtype)], dim=2)
+        result.append(replace(target, keypoints=PersonKeypoints(points, target.size)))
+    return result
 
 
 def random_batch(

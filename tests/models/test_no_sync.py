@@ -8,12 +8,13 @@ import torch
 from fastrcnn.structures import Targets
 from fastrcnn_kernels import set_backend
 from tests.kernels.nosync import HostSync, forbid_host_sync
-from tests.models.inputs import random_batch, small_model, small_retinanet
+from tests.models.inputs import random_batch, small_keypoint_rcnn, small_model, small_retinanet, with_keypoints
 
 FAMILIES = [
     pytest.param(lambda: small_model("MODEL.ROI_MASK_HEAD.POSITIVES_ONLY", "False"), id="mask-rcnn"),
     pytest.param(lambda: small_model(config_file="rpn_R_50_FPN_1x.yaml"), id="rpn"),
     pytest.param(small_retinanet, id="retinanet"),
+    pytest.param(lambda: small_keypoint_rcnn("MODEL.ROI_KEYPOINT_HEAD.POSITIVES_ONLY", "False"), id="keypoint-rcnn"),
 ]
 
 
@@ -32,6 +33,7 @@ def test_a_training_step_never_waits(backend, make):
     model = make()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
     images, targets = random_batch([3, 0], [(128, 96), (96, 128)])
+    targets = with_keypoints(targets) if "keypoint" in model.roi_heads else targets
     padded = Targets.from_boxlists(targets)
     with set_backend(backend):
         step(model, images, padded, optimizer)  # the grids of anchors are made once
