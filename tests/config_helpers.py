@@ -12,6 +12,7 @@ from fastrcnn.config import Config, load_config
 OWN_KEYS = {
     "MODEL.CONVENTION": "maskrcnn_benchmark",
     "MODEL.CHANNELS_LAST": False,
+    "MODEL.BACKBONE.FROZEN_BN_EPSILON": 0.0,
     "MODEL.ROI_MASK_HEAD.POSITIVES_ONLY": "auto",
     "MODEL.ROI_KEYPOINT_HEAD.POSITIVES_ONLY": "auto",
     "DATASETS.FILTER_EMPTY": True,

@@ -63,4 +63,4 @@ def body_norm(cfg: Config, convention: Convention) -> NormFactory:
 
 
 def _norm(cfg: Config, function: str, convention: Convention) -> NormFactory:
-    return group_norm(cfg) if function.endswith("GN") else frozen_batch_norm_factory(convention.frozen_bn_eps)
+    return group_norm(cfg) if function.endswith("GN") else frozen_batch_norm_factory(cfg.MODEL.BACKBONE.FROZEN_BN_EPSILON)

@@ -107,6 +107,7 @@ def build_mask_head(cfg: Config, in_channels: int, convention: Convention, box: 
     return MaskHead(
         extractor,
         predictor,
+        convention,
         resolution=mask.RESOLUTION,
         positives_only=_positives_only(cfg, mask.POSITIVES_ONLY),
     )

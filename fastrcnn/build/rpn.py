@@ -21,6 +21,7 @@ def build_rpn(cfg: Config, in_channels: int, convention: Convention) -> RPN:
             rpn.ANCHOR_STRIDE,
             straddle_thresh=rpn.STRADDLE_THRESH,
             style=convention.anchor_style,
+            stride_from_image=convention.stride_from_image,
         ),
         convention,
         fg_iou_threshold=rpn.FG_IOU_THRESHOLD,

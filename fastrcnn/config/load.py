@@ -21,9 +21,10 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from fastrcnn.config.checks import KeysDoNotFit
-from fastrcnn.config.describe import KEYS_WITHOUT_EFFECT, example, expected, leaves, lookup, sections
+from fastrcnn.config.describe import KEYS_WITHOUT_EFFECT, example, expected, leaves, lookup, render, sections
 from fastrcnn.config.reader import ConfigError, Setting, read_settings
 from fastrcnn.config.schema import Config, Name
+from fastrcnn.conventions import CONVENTIONS, KEYS
 
 COMMAND_LINE = "command line"
 _KEY_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
@@ -33,7 +34,7 @@ _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 
 
 class ConfigWarning(UserWarning):
-    """A setting that is legal and does nothing."""
+    """A setting that is legal and does nothing, or probably not what was meant."""
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[object] = ()) -> Config:
@@ -56,9 +57,18 @@ def load_config(path: str | Path | None = None, overrides: Sequence[object] = ()
 
 
 def with_overrides(cfg: Config, overrides: Sequence[object]) -> Config:
-    """``cfg`` with some keys changed; ``overrides`` as in :func:`load_config`."""
+    """``cfg`` with some keys changed; ``overrides`` as in :func:`load_config`.
+
+    Where ``MODEL.CONVENTION`` changes, keys at the default of the old convention go to that of the new one.
+    """
     values = {name: lookup(cfg, name) for name in leaves()}
-    return _build(values, list(_parse_overrides(overrides)))
+    settings = list(_parse_overrides(overrides))
+    if any(setting.key == "MODEL.CONVENTION" for setting in settings):
+        old = CONVENTIONS[cfg.MODEL.CONVENTION]
+        for name, attribute in KEYS.items():
+            if values[name] == getattr(old, attribute):
+                del values[name]
+    return _build(values, settings)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -178,14 +188,36 @@ def _build(values: dict[str, object], settings: Iterable[Setting]) -> Config:
         if setting.is_section:
             raise ConfigError(_wrong_value(setting, "a section"))
         values[setting.key] = _coerce(setting, leaves()[setting.key].annotation)
+    convention = CONVENTIONS.get(str(values.get("MODEL.CONVENTION", Config().MODEL.CONVENTION)))
+    if convention is not None:  # an unknown one is refused below
+        for name, attribute in KEYS.items():
+            values.setdefault(name, getattr(convention, attribute))
     try:
         cfg = Config.model_validate(_nest(values))
     except ValidationError as error:
         raise ConfigError(_explain(error, latest)) from None
+    _warn_of_other_conventions(cfg, latest)
     for name, reason in KEYS_WITHOUT_EFFECT.items():
         if name in latest and lookup(cfg, name) != leaves()[name].default:
             warnings.warn(f"{latest[name].where}: {name} has no effect: {reason}", ConfigWarning, stacklevel=3)
     return cfg
+
+
+def _warn_of_other_conventions(cfg: Config, latest: dict[str, Setting]) -> None:
+    """A file of maskrcnn-benchmark sets keys that another convention would give another value: that file wins."""
+    convention = CONVENTIONS[cfg.MODEL.CONVENTION]
+    if convention.name == "maskrcnn_benchmark":
+        return
+    for name, attribute in KEYS.items():
+        usual = getattr(convention, attribute)
+        set_in_file = name in latest and latest[name].where != COMMAND_LINE
+        if set_in_file and not name.startswith("SOLVER.") and lookup(cfg, name) != usual:
+            warnings.warn(
+                f"{latest[name].where}: {name} {render(lookup(cfg, name))} is not what MODEL.CONVENTION "
+                f"{convention.name} does, which is {render(usual)}",
+                ConfigWarning,
+                stacklevel=4,
+            )
 
 
 def _nest(values: dict[str, object]) -> dict[str, Any]:

@@ -68,6 +68,9 @@ class BackboneConfig(Section):
     FREEZE_CONV_BODY_AT: Annotated[int, Field(strict=True, ge=-1, le=5)] = key(
         2, "Freeze this many parts of the backbone, the stem being the first; 0 trains everything"
     )
+    FROZEN_BN_EPSILON: NonNegative = own(
+        0.0, "Added to the variance by frozen batch normalisation; torchvision's COCO_V1 weights want 0"
+    )
 
 
 class FpnConfig(Section):
@@ -271,8 +274,9 @@ class ModelConfig(Section):
     META_ARCHITECTURE: Literal["GeneralizedRCNN"] = key("GeneralizedRCNN", "The only one there is")
     CLS_AGNOSTIC_BBOX_REG: Bool = key(False, "One box regression for all classes")
     WEIGHT: Str = key("", "Weights to start from: a file, a URL or catalog://NAME; empty = random")
-    CONVENTION: Literal["maskrcnn_benchmark"] = own(
-        "maskrcnn_benchmark", "Whose numeric choices the model follows (docs/conventions.md)"
+    CONVENTION: Literal["maskrcnn_benchmark", "detectron2", "torchvision"] = own(
+        "maskrcnn_benchmark",
+        "Whose numeric choices the model follows; also gives defaults of other keys (docs/conventions.md)",
     )
     CHANNELS_LAST: Bool = own(False, "Keep feature maps in NHWC memory order (faster on GPUs with bfloat16)")
     BACKBONE: BackboneConfig = BackboneConfig()

@@ -258,9 +258,10 @@ class BoxHead(nn.Module):
 
         Background is column 0.
 
-        As many as ``detections_per_image``; more where the last one's score is tied (maskrcnn-benchmark's rule).
+        As many as ``detections_per_image``; more where the last one's score is tied and the convention keeps ties.
         """
         height, width = size
+        convention = self.convention
         found, scores, labels, _ = kernels.multiclass_nms(
             boxes,
             probabilities,
@@ -268,8 +269,12 @@ class BoxHead(nn.Module):
             self.nms_thresh,
             max(0, self.detections_per_image),
             image_size=size_on_device,
+            min_size=convention.detection_min_size,
             background=0,
-            keep_ties=self.convention.detection_ties,
-            box_offset=self.convention.box_offset,
+            keep_ties=convention.detection_ties,
+            box_offset=convention.box_offset,
         )
+        if convention.drop_empty_detections:
+            real = (found[:, 2:] > found[:, :2]).all(dim=1)
+            found, scores, labels = found[real], scores[real], labels[real]
         return BoxList(found, (width, height), labels=labels, scores=scores)

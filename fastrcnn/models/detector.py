@@ -108,7 +108,7 @@ class GeneralizedRCNN(nn.Module):
             if "mask" in self.roi_heads:
                 mask: MaskHead = self.roi_heads["mask"]  # type: ignore[assignment]
                 shared = mask.feature_extractor is box.feature_extractor
-                losses |= mask.forward_train(features, sampled, targets, box_features if shared else None)
+                losses |= mask.forward_train(features, sampled, targets, images, box_features if shared else None)
             if "keypoint" in self.roi_heads:
                 keypoint: KeypointHead = self.roi_heads["keypoint"]  # type: ignore[assignment]
                 shared = keypoint.feature_extractor is box.feature_extractor

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastrcnn_kernels as kernels
+from fastrcnn.conventions import Convention
 from fastrcnn.models.box_head import SampledBoxes
-from fastrcnn.models.layers import NormFactory, conv_kaiming_normal
+from fastrcnn.models.layers import NormFactory, at_least_float32, conv_kaiming_normal
+from fastrcnn.models.mask_targets import bitmap_targets, polygon_targets
 from fastrcnn.models.pooler import Pooler, to_rois
-from fastrcnn.structures import BoxList, Targets
+from fastrcnn.structures import BoxList, ImageList, Targets
 
 
 class MaskRCNNFPNFeatureExtractor(nn.Module):
@@ -64,9 +66,14 @@ class MaskRCNNC4Predictor(nn.Module):
         return self.mask_fcn_logits(F.relu(self.conv5_mask(x)))
 
     def loss(self, x: Tensor, labels: Tensor, targets: Tensor, normaliser: Tensor) -> Tensor:
-        """Binary cross entropy of the masks [K, M, M] of the classes ``labels``; a negative label is padding."""
+        """Binary cross entropy of the masks [K, M, M] of the classes ``labels``; a negative label is padding.
+
+        ``targets`` are uint8, 0 or 1, or floating point between them.
+        """
         last = self.mask_fcn_logits
         assert last.bias is not None
+        if targets.is_floating_point():
+            return _loss_of_shares(F.relu(self.conv5_mask(x)), last, labels, targets, normaliser)
         return kernels.mask_loss(self.conv5_mask(x), last.weight, last.bias, labels, targets, normaliser, relu=True)
 
     def class_logits(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -91,6 +98,8 @@ class MaskRCNNConv1x1Predictor(nn.Module):
         """Binary cross entropy of the masks [K, M, M] of the classes ``labels``; a negative label is padding."""
         last = self.mask_fcn_logits
         assert last.bias is not None
+        if targets.is_floating_point():
+            return _loss_of_shares(x, last, labels, targets, normaliser)
         return kernels.mask_loss(x, last.weight, last.bias, labels, targets, normaliser, relu=False)
 
     def class_logits(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -100,10 +109,20 @@ class MaskRCNNConv1x1Predictor(nn.Module):
         return kernels.mask_class_logits(x, last.weight, last.bias, labels, relu=False)
 
 
+def _loss_of_shares(hidden: Tensor, last: nn.Conv2d, labels: Tensor, targets: Tensor, normaliser: Tensor) -> Tensor:
+    """Binary cross entropy against targets that are shares of a pixel, of the channel of each region's class."""
+    present, row = labels >= 0, labels.clamp(min=0)
+    weight, bias = last.weight.flatten(1)[row], last.bias[row]  # type: ignore[index]
+    logits = at_least_float32(torch.einsum("kcij,kc->kij", hidden, weight) + bias[:, None, None])
+    loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+    return torch.where(present[:, None, None], loss, 0).sum() / normaliser
+
+
 class MaskHead(nn.Module):
     """Features, prediction, loss and mask probabilities.
 
     Args:
+        convention: says what the targets are.
         resolution: side of the mask targets (``MODEL.ROI_MASK_HEAD.RESOLUTION``).
         positives_only: run on the real positives, whose number is read from the device. Right on a CPU, where reading
             costs nothing and the padded slots would cost most of the head. False keeps every shape static: the head
@@ -114,11 +133,13 @@ class MaskHead(nn.Module):
         self,
         feature_extractor: nn.Module,
         predictor: MaskRCNNC4Predictor | MaskRCNNConv1x1Predictor,
+        convention: Convention,
         *,
         resolution: int,
         positives_only: bool,
     ) -> None:
         super().__init__()
+        self.convention = convention
         self.feature_extractor = feature_extractor
         self.predictor = predictor
         self.resolution = resolution
@@ -129,6 +150,7 @@ class MaskHead(nn.Module):
         features: Sequence[Tensor],
         sampled: SampledBoxes,
         targets: Targets,
+        images: ImageList,
         box_features: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """``loss_mask``: binary cross entropy of the matched class's mask, mean over the pixels of the positives.
@@ -151,16 +173,8 @@ class MaskHead(nn.Module):
             box_features = box_features[real] if box_features is not None else None
 
         with torch.no_grad():
-            mask_targets = kernels.rasterize_polygons(
-                targets.vertices,
-                targets.polygon_offsets,
-                targets.instance_offsets,
-                instance,
-                rois[:, 1:].to(targets.vertices.dtype),
-                self.resolution,
-                max_vertices=targets.max_vertices,
-                max_polygons=targets.max_polygons,
-            )  # [K, M, M]
+            rule = polygon_targets if self.convention.mask_target == "polygon" else bitmap_targets
+            mask_targets = rule(targets, instance, rois[:, 1:], self.resolution, images)  # [K, M, M]
         x = self.feature_extractor(features, rois) if box_features is None else box_features
         normaliser = sampled.num_positive.sum().clamp(min=1) * self.resolution**2
         return {"loss_mask": self.predictor.loss(x, labels, mask_targets, normaliser)}

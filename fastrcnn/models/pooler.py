@@ -41,6 +41,7 @@ class Pooler(nn.Module):
             canonical_size=self.convention.canonical_size,
             canonical_level=self.convention.canonical_level,
             eps=self.convention.level_eps,
+            eps_outside=self.convention.level_eps_outside,
             box_offset=self.convention.box_offset,
         )
         return kernels.multiscale_roi_align(

@@ -89,7 +89,10 @@ class RPN(nn.Module):
         self.batch_size_per_image, self.positive_fraction = batch_size_per_image, positive_fraction
         self.pre_nms_top_n, self.post_nms_top_n = pre_nms_top_n, post_nms_top_n
         self.fpn_post_nms_top_n, self.per_batch = fpn_post_nms_top_n, per_batch
-        self.nms_thresh, self.min_size = nms_thresh, min_size
+        self.nms_thresh = nms_thresh
+        # sides are compared in float32: from the next number on is the same as above
+        wider = torch.nextafter(torch.tensor(float(min_size)), torch.tensor(torch.inf)).item()
+        self.smallest_side = min_size if convention.min_size_inclusive else wider
         self.sparse_backward = sparse_backward
 
     def forward(
@@ -110,6 +113,7 @@ class RPN(nn.Module):
         # The gradient of the losses does not go through the dense outputs where it is taken sparsely.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.sparse_backward):
             objectness, deltas = self.head(features)
+            deltas = self.anchor_generator.move_deltas(deltas, images.padded_size)
         proposals = None
         if with_proposals:
             with torch.no_grad():
@@ -139,6 +143,7 @@ class RPN(nn.Module):
                 targets,
                 [(f.shape[-2], f.shape[-1]) for f in features],
                 images.sizes,
+                images.padded_size,
                 high_threshold=self.fg_iou_threshold,
                 low_threshold=self.bg_iou_threshold,
                 box_offset=self.convention.box_offset,
@@ -152,7 +157,11 @@ class RPN(nn.Module):
             "strides": self.anchor_generator.strides,
             "beta": self.convention.rpn_box_beta,
             "box_offset": self.convention.box_offset,
+            "normaliser": None,  # the anchors that were sampled
         }
+        if self.convention.rpn_normaliser == "wanted":
+            wanted = self.batch_size_per_image * len(images.image_sizes)
+            rules["normaliser"] = torch.full((), wanted, dtype=torch.int64, device=matched.device)
         if self.sparse_backward:
             arguments = (features, *self.head.weights, *arguments)
             objectness_loss, box_loss = kernels.rpn_head_loss(*arguments, **rules)
@@ -182,7 +191,7 @@ class RPN(nn.Module):
             per_batch=self.training and self.per_batch,
             # a threshold of 0 or less switches NMS off, as in maskrcnn-benchmark; no IoU exceeds 2
             iou_threshold=self.nms_thresh if self.nms_thresh > 0 else 2.0,
-            min_size=self.min_size,
+            min_size=self.smallest_side,
             box_offset=self.convention.box_offset,
             clip=self.convention.delta_clip,
         )

@@ -47,6 +47,11 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.image_sizes)
 
+    @property
+    def padded_size(self) -> Size:
+        """(height, width) of ``tensors``."""
+        return int(self.tensors.shape[-2]), int(self.tensors.shape[-1])
+
     def __repr__(self) -> str:
         return f"ImageList(num_images={len(self)}, padded={tuple(self.tensors.shape[-2:])}, sizes={self.image_sizes})"
 

@@ -270,23 +270,25 @@ def assign_levels(
     canonical_size: float = 224.0,
     canonical_level: int = 4,
     eps: float = 1e-6,
+    eps_outside: float = 0.0,
     box_offset: int = 0,
 ) -> Tensor:
     """The pyramid level of each box (Lin et al., 2017, equation 1), as maskrcnn-benchmark computes it.
 
-    ``floor(canonical_level + log2(sqrt(area) / canonical_size + eps))`` clamped to the levels there are; eps is inside
-    the logarithm, where torchvision has it outside.
+    ``floor(canonical_level + log2(sqrt(area) / canonical_size + eps) + eps_outside)`` clamped to the levels there are.
+    maskrcnn-benchmark has 1e-6 inside the logarithm, detectron2 1e-8 there, torchvision 1e-6 outside.
 
     Args:
         boxes (Tensor[..., 4]): (x1, y1, x2, y2) in pixels of the network input.
         min_level, max_level: the finest and the coarsest level (level l has stride 2**l).
         canonical_size, canonical_level: a square of this side lies on this level.
+        eps, eps_outside: added to the argument of the logarithm, and to the logarithm.
         box_offset: 1 counts pixels inclusively, width = x2 - x1 + 1 (maskrcnn-benchmark); 0 does not.
 
     Returns:
         int64 Tensor[...], counted from ``min_level``.
     """
-    return _level_of(boxes, min_level, max_level, canonical_size, canonical_level, eps, 0.0, box_offset)
+    return _level_of(boxes, min_level, max_level, canonical_size, canonical_level, eps, eps_outside, box_offset)
 
 
 class RoIAlign(nn.Module):
