@@ -80,7 +80,8 @@ class Convention:
         rpn_min_size: shortest side of a proposal.
         post_nms_per_batch, post_nms_top_n_train, post_nms_top_n_test: the choice of proposals over all levels.
         sampling_ratio: samples of RoIAlign along each side of a bin; 0: as many as it has cells.
-        retinanet_use_c5, retinanet_box_beta, retinanet_nms, retinanet_detections: of RetinaNet.
+        retinanet_use_c5, retinanet_nms, retinanet_detections: of RetinaNet.
+        retinanet_box_beta, retinanet_box_divisor: its box loss; the second also divides it.
         bias_lr_factor, weight_decay, weight_decay_bias, warmup_iters, warmup_factor: of the solver.
     """
 
@@ -136,6 +137,7 @@ class Convention:
     sampling_ratio: int
     retinanet_use_c5: bool
     retinanet_box_beta: float
+    retinanet_box_divisor: float
     retinanet_nms: float
     retinanet_detections: int
     bias_lr_factor: float
@@ -190,6 +192,7 @@ MASKRCNN_BENCHMARK = Convention(
     sampling_ratio=0,
     retinanet_use_c5=True,
     retinanet_box_beta=0.11,
+    retinanet_box_divisor=4.0,
     retinanet_nms=0.4,
     retinanet_detections=100,
     bias_lr_factor=2,
@@ -244,6 +247,7 @@ DETECTRON2 = Convention(
     sampling_ratio=0,
     retinanet_use_c5=True,
     retinanet_box_beta=0.0,
+    retinanet_box_divisor=1.0,
     retinanet_nms=0.5,
     retinanet_detections=100,
     bias_lr_factor=1,
@@ -298,6 +302,7 @@ TORCHVISION = Convention(
     sampling_ratio=2,
     retinanet_use_c5=False,
     retinanet_box_beta=0.0,
+    retinanet_box_divisor=1.0,
     retinanet_nms=0.5,
     retinanet_detections=300,
     bias_lr_factor=1,
@@ -328,6 +333,7 @@ KEYS = {
     "MODEL.RETINANET.STRADDLE_THRESH": "straddle_threshold",
     "MODEL.RETINANET.USE_C5": "retinanet_use_c5",
     "MODEL.RETINANET.BBOX_REG_BETA": "retinanet_box_beta",
+    "MODEL.RETINANET.BBOX_REG_WEIGHT": "retinanet_box_divisor",
     "MODEL.RETINANET.NMS_TH": "retinanet_nms",
     "TEST.DETECTIONS_PER_IMG": "retinanet_detections",
     "SOLVER.BIAS_LR_FACTOR": "bias_lr_factor",

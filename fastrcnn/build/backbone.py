@@ -63,4 +63,6 @@ def body_norm(cfg: Config, convention: Convention) -> NormFactory:
 
 
 def _norm(cfg: Config, function: str, convention: Convention) -> NormFactory:
-    return group_norm(cfg) if function.endswith("GN") else frozen_batch_norm_factory(cfg.MODEL.BACKBONE.FROZEN_BN_EPSILON)
+    return (
+        group_norm(cfg) if function.endswith("GN") else frozen_batch_norm_factory(cfg.MODEL.BACKBONE.FROZEN_BN_EPSILON)
+    )

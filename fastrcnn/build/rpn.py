@@ -46,7 +46,12 @@ def build_retinanet(cfg: Config, in_channels: int, convention: Convention) -> Re
     # RETINANET.STRADDLE_THRESH changes nothing: maskrcnn-benchmark marks the anchors that leave the image, and its
     # loss does not look at the mark.
     anchors = AnchorGenerator(
-        sizes, retinanet.ASPECT_RATIOS, retinanet.ANCHOR_STRIDES, straddle_thresh=-1, style=convention.anchor_style
+        sizes,
+        retinanet.ASPECT_RATIOS,
+        retinanet.ANCHOR_STRIDES,
+        straddle_thresh=-1,
+        style=convention.anchor_style,
+        stride_from_image=convention.stride_from_image,
     )
     return RetinaNet(
         in_channels,

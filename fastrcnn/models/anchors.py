@@ -60,15 +60,21 @@ class AnchorGenerator(nn.Module):
         """float [A, 4] for each level: the anchors of the pixel (0, 0)."""
         return [self.cell_anchors.get_buffer(str(level)) for level in range(len(self.strides))]
 
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """float [H_l * W_l * A, 4] for each level, in the order y, x, anchor."""
+    def forward(self, features: Sequence[Tensor], padded_size: Size | None = None) -> list[Tensor]:
+        """float [H_l * W_l * A, 4] for each level, in the order y, x, anchor.
+
+        With ``padded_size``, the (height, width) of the batch, on the image's own grid (``stride_from_image``), else on
+        the nominal one.
+        """
         shapes = [(int(f.shape[-2]), int(f.shape[-1])) for f in features]
         cells = self.cells
-        key = (*shapes, cells[0].device, cells[0].dtype)
+        excess = self._excess(shapes, padded_size) if padded_size is not None else []
+        key = (*shapes, *excess, cells[0].device, cells[0].dtype)
         if key not in self._grids:
             if len(self._grids) >= 32:  # a few shape buckets recur; a run over odd sizes must not fill the memory
                 self._grids.clear()
-            self._grids[key] = kernels.grid_anchors(cells, shapes, self.strides)
+            grids = kernels.grid_anchors(cells, shapes, self.strides)
+            self._grids[key] = self._moved(grids, shapes, excess) if any(map(any, excess)) else grids
         return self._grids[key]
 
     def _excess(self, grid_sizes: Sequence[Size], padded_size: Size) -> list[tuple[int, int]]:
@@ -118,8 +124,9 @@ class AnchorGenerator(nn.Module):
             padded_size: (height, width) of the batch.
         """
         excess = self._excess(grid_sizes, padded_size)
-        if any(any(level) for level in excess):
-            anchors = self._moved_anchors(grid_sizes, excess)  # [A, 4]
+        if any(map(any, excess)):
+            nominal = kernels.grid_anchors(self.cells, grid_sizes, self.strides)
+            anchors = torch.cat(self._moved(nominal, grid_sizes, excess))  # [A, 4]
             matched = kernels.match_boxes(
                 targets.boxes,
                 targets.count,
@@ -144,15 +151,18 @@ class AnchorGenerator(nn.Module):
             box_offset=box_offset,
         )
 
-    def _moved_anchors(self, grid_sizes: Sequence[Size], excess: Sequence[tuple[int, int]]) -> Tensor:
+    @staticmethod
+    def _moved(
+        nominal: Sequence[Tensor], grid_sizes: Sequence[Size], excess: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        """The anchors of each level on grids whose strides are larger by ``excess`` (y, x)."""
         levels = []
-        nominal = kernels.grid_anchors(self.cells, grid_sizes, self.strides)
         for anchors, (h, w), (dy, dx) in zip(nominal, grid_sizes, excess, strict=True):
             y = torch.arange(h, device=anchors.device, dtype=anchors.dtype)[:, None, None] * dy
             x = torch.arange(w, device=anchors.device, dtype=anchors.dtype)[:, None] * dx
             shift = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # [H, W, 1, 2]
             levels.append((anchors.view(h, w, -1, 4) + shift.repeat(1, 1, 1, 2)).view(-1, 4))
-        return torch.cat(levels)
+        return levels
 
 
 def _displacement(

@@ -166,6 +166,7 @@ class RetinaNet(nn.Module):
             targets,
             [(f.shape[-2], f.shape[-1]) for f in features],
             images.sizes,
+            images.padded_size,
             high_threshold=self.fg_iou_threshold,
             low_threshold=self.bg_iou_threshold,
             box_offset=self.convention.box_offset,
@@ -177,7 +178,7 @@ class RetinaNet(nn.Module):
         labels = torch.where(positive, labels, torch.where(matched == -1, 0, -1))
         wanted = kernels.encode_boxes(
             targets.boxes.gather(1, index[..., None].expand(-1, -1, 4)),
-            torch.cat(self.anchor_generator(features)),
+            torch.cat(self.anchor_generator(features, images.padded_size)),
             self.convention.retinanet_box_weights,
             box_offset=self.convention.box_offset,
         )
@@ -199,7 +200,7 @@ class RetinaNet(nn.Module):
     def detect(self, images: ImageList, features: Sequence[Tensor]) -> list[BoxList]:
         """The detections of each image, best first; waits for the device."""
         logits, deltas = self.head(features)
-        levels = list(zip(logits, deltas, self.anchor_generator(features), strict=True))
+        levels = list(zip(logits, deltas, self.anchor_generator(features, images.padded_size), strict=True))
         return [self._detect(n, levels, size) for n, size in enumerate(images.image_sizes)]
 
     def _detect(self, n: int, levels: Sequence[tuple[Tensor, Tensor, Tensor]], size: tuple[int, int]) -> BoxList:
