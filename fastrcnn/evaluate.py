@@ -23,7 +23,6 @@ from fastrcnn.engine.signals import StopSignals
 from fastrcnn.engine.step import DTYPES
 from fastrcnn.evaluation import CocoResults, RleMasks, check_expected
 from fastrcnn.visualize import draw_detections
-from fastrcnn.weights import load_weights
 
 logger = logging.getLogger("fastrcnn.evaluate")
 
@@ -41,6 +40,7 @@ bbox.json and segm.json in COCO's result format, summary.json, and with TEST.VIS
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("python -m fastrcnn.evaluate", (__doc__ or "").split("``: ")[1], EXAMPLES)
     parser.add_argument("--weights", metavar="FILE", help="weights or checkpoint (default: the newest of OUTPUT_DIR)")
+    parser.add_argument("--allow-partial", action="store_true", help="load what fits of the weights, report the rest")
     parser.add_argument("--dataset", metavar="ANN@DIR", help="evaluate on this data set instead of DATASETS.TEST")
     return parser.parse_intermixed_args(argv)
 
@@ -64,7 +64,8 @@ def evaluate(args: argparse.Namespace) -> int:
     weights = find_weights(cfg, args.weights)
     datasets = build_test_datasets(cfg, names)
     model = build.build_model(cfg)
-    logger.info("%s", load_weights(model, weights, complete=True))
+    report = build.load_model_weights(cfg, model, weights, allow_partial=args.allow_partial, complete=True)
+    logger.info("%s", report)
     with StopSignals(world) as stop:
         all_results = evaluate_model(cfg, model, datasets, world, stop, about={"weights": str(weights)})
     if world.is_main:
@@ -75,15 +76,15 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_weights(cfg: Config, given: str | None) -> Path:
+def find_weights(cfg: Config, given: str | None) -> str | Path:
     """``--weights``, else the newest checkpoint of OUTPUT_DIR, else MODEL.WEIGHT."""
     if given is not None:
-        return Path(given)
+        return given
     newest = last_checkpoint(Path(cfg.OUTPUT_DIR))
     if newest is not None:
         return newest
     if cfg.MODEL.WEIGHT:
-        return Path(cfg.MODEL.WEIGHT)
+        return cfg.MODEL.WEIGHT
     raise UsageError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint: pass --weights FILE, or the run's OUTPUT_DIR")
 
 

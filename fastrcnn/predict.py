@@ -25,7 +25,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-from fastrcnn.build import build_model, gives_proposals, num_classes
+from fastrcnn.build import build_model, gives_proposals, load_model_weights, num_classes
 from fastrcnn.config import Config, load_config
 from fastrcnn.data.catalog import resolve
 from fastrcnn.data.coco_file import read_json
@@ -41,7 +41,6 @@ from fastrcnn.evaluate import find_weights
 from fastrcnn.evaluation import RleMasks, masks_to_rle
 from fastrcnn.structures import BoxList
 from fastrcnn.visualize import class_name, draw_detections
-from fastrcnn.weights import load_weights
 from fastrcnn_kernels import resize_image
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
@@ -255,7 +254,7 @@ def find_class_names(cfg: Config, weights: Path) -> list[str] | None:
     return None
 
 
-def load_predictor(cfg: Config, weights: Path, threshold: float) -> Predictor:
+def load_predictor(cfg: Config, weights: str | Path, threshold: float, *, allow_partial: bool = False) -> Predictor:
     """Build the model, fill all of it from ``weights`` and look up its class names.
 
     Raises:
@@ -263,8 +262,10 @@ def load_predictor(cfg: Config, weights: Path, threshold: float) -> Predictor:
     """
     pick_device(cfg.MODEL.DEVICE)
     model = build_model(cfg)
-    load_weights(model, weights, complete=True)
-    return Predictor(model, cfg, find_class_names(cfg, weights), threshold=threshold)
+    report = load_model_weights(cfg, model, weights, allow_partial=allow_partial, complete=True)
+    for note in (report,) if allow_partial else report.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    return Predictor(model, cfg, find_class_names(cfg, Path(weights)), threshold=threshold)
 
 
 class Predictions:
@@ -351,6 +352,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input", required=True, nargs="+", metavar="PATH", help="image files, or folders of images")
     parser.add_argument("--output", required=True, metavar="DIR", help="where predictions.json and images/ go")
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest score to report (default: %(default)s)")
+    parser.add_argument("--allow-partial", action="store_true", help="load what fits of the weights")
     parser.add_argument("--no-images", action="store_true", help="write predictions.json only")
     parser.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
     return parser.parse_intermixed_args(argv)
@@ -373,7 +375,7 @@ def predict(args: argparse.Namespace) -> int:
     if config_file is None and args.weights and (beside := Path(args.weights).parent / "config.yml").exists():
         config_file = beside
     cfg = load_config(config_file, args.opts)
-    predictor = load_predictor(cfg, find_weights(cfg, args.weights), args.threshold)
+    predictor = load_predictor(cfg, find_weights(cfg, args.weights), args.threshold, allow_partial=args.allow_partial)
     try:
         (output if args.no_images else output / "images").mkdir(parents=True, exist_ok=True)
     except OSError as error:

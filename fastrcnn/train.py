@@ -38,7 +38,6 @@ from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
 from fastrcnn.engine.step import TrainStep
 from fastrcnn.engine.trainer import train
 from fastrcnn.evaluate import build_test_datasets, check_batch_size, check_classes, evaluate_model
-from fastrcnn.weights import load_weights
 
 logger = logging.getLogger("fastrcnn.train")
 
@@ -48,6 +47,7 @@ EXAMPLES = """\
       SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.0025 SOLVER.MAX_ITER 720000 SOLVER.STEPS "(480000, 640000)"
   python -m fastrcnn.train --config-file F.yaml MODEL.DEVICE cpu --dry-run
   python -m fastrcnn.train --config-file output/config.yml --resume
+  python -m fastrcnn.train --config-file F.yaml --finetune output/model_final.pth --allow-partial OUTPUT_DIR new
   torchrun --nproc_per_node=8 -m fastrcnn.train --config-file F.yaml OUTPUT_DIR output
 """
 
@@ -71,6 +71,8 @@ class Run:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("python -m fastrcnn.train", (__doc__ or "").split("``: ")[1], EXAMPLES)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of OUTPUT_DIR, if any")
+    parser.add_argument("--finetune", metavar="FILE", help="start a new run from FILE's weights, as MODEL.WEIGHT FILE")
+    parser.add_argument("--allow-partial", action="store_true", help="load what fits of the weights, report the rest")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of a former run in OUTPUT_DIR")
     parser.add_argument("--skip-test", action="store_true", help="do not evaluate after training")
     parser.add_argument("--print-config", action="store_true", help="print the configuration in force and stop")
@@ -79,6 +81,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.resume and args.overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
+    if args.resume and args.finetune:
+        raise UsageError(
+            "--resume goes on with a run (weights, optimizer, schedule, iteration), --finetune starts a new one from "
+            "weights: pass one of them"
+        )
+    if args.finetune:
+        args.opts += ["MODEL.WEIGHT", args.finetune]
     return args
 
 
@@ -178,7 +187,8 @@ def build_run(cfg: Config, world: World, args: argparse.Namespace) -> Run:
         if args.resume:
             logger.info("%s has no checkpoint: starting from the beginning", cfg.OUTPUT_DIR)
         if cfg.MODEL.WEIGHT:
-            logger.info("%s", load_weights(model, cfg.MODEL.WEIGHT, strict_shapes=True))
+            report = build.load_model_weights(cfg, model, cfg.MODEL.WEIGHT, allow_partial=args.allow_partial)
+            logger.info("%s", report)
     # Wrapped last: it sends rank 0's weights to all ranks.
     step.model = wrap_model(model, world)
     return Run(cfg, world, dataset, test_datasets, step, checkpointer, start_iteration)

@@ -18,7 +18,7 @@ PACKAGES = {"fastrcnn": ROOT / "fastrcnn", "fastrcnn_kernels": ROOT / "kernels" 
 LAYERS = [
     ["fastrcnn_kernels.triton"],
     ["fastrcnn_kernels"],
-    ["fastrcnn.outlines"],
+    ["fastrcnn.outlines", "fastrcnn.files"],
     ["fastrcnn.structures", "fastrcnn.conventions"],
     ["fastrcnn.models", "fastrcnn.data", "fastrcnn.evaluation", "fastrcnn.weights", "fastrcnn.visualize"],
     ["fastrcnn.config"],

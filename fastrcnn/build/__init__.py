@@ -10,6 +10,7 @@ from fastrcnn.build.family import classes_key, gives_proposals, num_classes
 from fastrcnn.build.heads import build_box_head, build_keypoint_head, build_mask_head
 from fastrcnn.build.rpn import build_retinanet, build_rpn
 from fastrcnn.build.unsupported import refuse_what_is_not_built
+from fastrcnn.build.weights import load_model_weights
 from fastrcnn.config import Config, ConfigError
 from fastrcnn.conventions import CONVENTIONS, Convention
 from fastrcnn.models.detector import GeneralizedRCNN
@@ -23,6 +24,7 @@ __all__ = [
     "classes_key",
     "count_parameters",
     "gives_proposals",
+    "load_model_weights",
     "num_classes",
 ]
 

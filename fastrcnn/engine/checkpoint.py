@@ -11,18 +11,18 @@ with the name of the newest.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastrcnn.engine.distributed import unwrap_model
 from fastrcnn.engine.solver import WarmupMultiStepLR, load_optimizer_state
+from fastrcnn.files import write_atomically
 
 logger = logging.getLogger("fastrcnn.checkpoint")
 
@@ -35,37 +35,6 @@ TEMPORARY = re.compile(r"\.[\w.]+\.tmp-\d+")
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, in one line."""
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call ``write(file)`` on a temporary file beside ``path`` and rename it: ``path`` is whole at every moment.
-
-    The data is on the disk before the new name is, and the name is before this returns.
-
-    Raises:
-        OSError: if it cannot be written (disk full); ``path`` is then as it was.
-    """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:

@@ -32,7 +32,8 @@ from typing import Any
 
 import torch
 
-from fastrcnn.engine.checkpoint import BEST, FINAL, NUMBERED, POINTER, TEMPORARY, write_atomically
+from fastrcnn.engine.checkpoint import BEST, FINAL, NUMBERED, POINTER, TEMPORARY
+from fastrcnn.files import write_atomically
 
 LOG_FORMAT = "%(asctime)s %(name)s %(levelname)s: %(message)s"
 FILES = ("config.yml", "command.txt", "labels.json", "log.txt", "metrics.jsonl", POINTER, FINAL, BEST)

@@ -16,12 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastrcnn.engine.checkpoint import (
-    CheckpointError,
-    last_checkpoint,
-    read_checkpoint,
-    write_atomically,
-)
+from fastrcnn.engine.checkpoint import CheckpointError, last_checkpoint, read_checkpoint
+from fastrcnn.files import write_atomically
 from tests.engine.standin import Rig, assert_same, make_batch, make_rig, weights
 
 
