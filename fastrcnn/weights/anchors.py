@@ -80,7 +80,6 @@ def reorder(tensors: dict[str, Tensor], source: str, target: str, ratios: int | 
             for name in [n for n in tensors if n.startswith(BOX_DELTAS)]:
                 value = tensors[name]
                 rows = factor.repeat(len(value) // 4).reshape(-1, *[1] * (value.dim() - 1))
-                # For these numbers a quotient times the divisor is the number again, to the last bit.
                 scaled = value.double() * rows if scaled_target else value.double() / rows
                 tensors[name] = scaled.to(value.dtype)
             done.append("the scale of RetinaNet's deltas ((10, 10, 5, 5) in maskrcnn-benchmark, 1 elsewhere)")

@@ -1,6 +1,6 @@
 """Pickles of numpy arrays (Detectron's and detectron2's ``.pkl``), read without running any code of theirs.
 
-A pickle is a program that may call any function it names. This reader knows six names, those by which numpy arrays,
+A pickle is a program that may call any function it names. This reader knows the few names by which numpy arrays,
 numpy scalars and ordered dicts are written, and gives each a stand-in of its own that can only hold data. Any other
 name ends the reading before anything is called.
 """
@@ -54,6 +54,13 @@ class _Array:
             raise pickle.UnpicklingError(f"a damaged array ({error})") from None
 
 
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    """Stands for numpy's _frombuffer, by which arrays are written since protocol 5."""
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
+    return array
+
+
 def _scalar(dtype: Any, data: Any) -> Any:
     """Stands for numpy's scalar: a Python number."""
     if not isinstance(dtype, _Dtype):
@@ -79,6 +86,8 @@ ALLOWED: dict[tuple[str, str], Any] = {
         for module in ("numpy.core.multiarray", "numpy._core.multiarray")
         for name, stand_in in (("_reconstruct", _Array), ("scalar", _scalar))
     },
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
 }
 
 

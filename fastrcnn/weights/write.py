@@ -65,7 +65,7 @@ def write_weights(weights: Weights, path: Path, to: str, *, allow_partial: bool 
             "to leave them out"
         )
     done += [f"left out: {name} ({to} has no place for it)" for name in no_place]
-    configured = sorted(left_out | weights.left_out.get(KIND, {}))
+    configured = sorted(n for n in left_out | weights.left_out.get(KIND, {}) if n.startswith(CELL_ANCHORS))
     if configured and to == "torchvision":
         done.append(f"left out: {', '.join(configured)} (the configuration has them)")
     own = weights.own_entry() | {"background": weights.background | background, "left_out": weights.left_out}
@@ -125,15 +125,10 @@ def _restyle(weights: Weights, style: str, done: list[str]) -> None:
 
 def _keep_exact(weights: Weights, exact: dict[str, Tensor]) -> None:
     """Note the deltas as they were: a product with 10 and its quotient by 10 may differ in the last bit."""
-    if weights.kind in (torchvision.KIND, detectron2.KIND) and weights.anchor_style == weights.kind:
-        for name, value in exact.items():
-            if name.startswith(BOX_DELTAS):
-                layers = {
-                    torchvision.KIND: "head.regression_head.bbox_reg.",
-                    detectron2.KIND: "head.bbox_pred.",
-                }
-                theirs = name.replace(BOX_DELTAS, layers[weights.kind])
-                weights.left_out[weights.kind] = weights.left_out.get(weights.kind, {}) | {theirs: value}
+    layers = {torchvision.KIND: "head.regression_head.bbox_reg.", detectron2.KIND: "head.bbox_pred.", KIND: BOX_DELTAS}
+    if weights.anchor_style == weights.kind and weights.kind in layers:
+        theirs = {n.replace(BOX_DELTAS, layers[weights.kind]): v for n, v in exact.items() if n.startswith(BOX_DELTAS)}
+        weights.left_out[weights.kind] = weights.left_out.get(weights.kind, {}) | theirs
 
 
 def _writer(tensors: dict[str, Tensor], own: dict[str, Any], to: str, *, as_pickle: bool) -> Callable[[IO[bytes]], Any]:

@@ -53,8 +53,13 @@ def test_there_and_back(tmp_path, family, there, back):
         names = set(read_file(middle).tensors)
         extra = {n for n in names if "cell_anchors" in n or n in ("pixel_mean", "pixel_std")}
         assert names - extra == set(SYSTEMS[there](family))
-    final = convert(middle, tmp_path / "final", back)
-    assert_same_tensors(read_file(final).tensors, original)
+    final = read_file(convert(middle, tmp_path / "final", back)).tensors
+    if (family, back, there) == ("retinanet", "maskrcnn_benchmark", "torchvision"):
+        # A tenth of a float32, times ten, may be its neighbour, and a plain state dict has no room for a note.
+        for name in ("rpn.head.bbox_pred.weight", "rpn.head.bbox_pred.bias"):
+            torch.testing.assert_close(final[name], original[name], rtol=1.2e-7, atol=0)
+            final[name] = original[name]
+    assert_same_tensors(final, original)
 
 
 def anchors_of(family):
