@@ -31,6 +31,27 @@ def upstream_defaults() -> dict[str, object]:
     return {name: ast.literal_eval(value) for name, value in (line.split(" = ", 1) for line in lines)}
 
 
+def upstream_configs() -> dict[str, dict[str, object]]:
+    """What each of maskrcnn-benchmark's 66 files sets to another value than the default, by its path in configs/.
+
+    The file has a block for each: ``[NAME]``, or ``[NAME] like [EARLIER NAME]`` and then the differences, where
+    ``default`` takes a setting back.
+    """
+    everything: dict[str, dict[str, object]] = {}
+    settings: dict[str, object] = {}
+    for line in (Path(__file__).parent / "upstream_configs.txt").read_text().splitlines():
+        if line.startswith("["):
+            name, _, base = line.removeprefix("[").removesuffix("]").replace("]", "").partition(" like [")
+            settings = everything[name] = dict(everything[base]) if base else {}
+            continue
+        key, value = line.split(" = ", 1)
+        if value == "default":
+            del settings[key]
+        else:
+            settings[key] = ast.literal_eval(value)
+    return everything
+
+
 def lookup(cfg: Config, name: str) -> Any:
     value: Any = cfg
     for part in name.split("."):

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from fastrcnn.config import Config, ConfigError, ConfigWarning, dump_config, load_config, with_overrides
 from fastrcnn.config.__main__ import main
 from fastrcnn.config.describe import KEYS_WITHOUT_EFFECT, expected, is_own, leaves, markdown
-from tests.config_helpers import OWN_KEYS, load_text, lookup, nested, upstream_defaults
+from tests.config_helpers import OWN_KEYS, load_text, lookup, nested, upstream_configs, upstream_defaults
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
@@ -68,34 +68,39 @@ def test_result_is_frozen() -> None:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_all_upstream_configs_load(shared_data: Path, tmp_path: Path) -> None:
-    source = shared_data.parent / "reference" / "config_values.json"
-    if not source.is_file():
-        pytest.skip(f"no {source.name} beside the test data")
-    all_settings = json.loads(source.read_text())
-    assert len(all_settings) == 66
+def test_all_upstream_configs_load(tmp_path: Path) -> None:
+    """Their settings as YAML give their values, and the default for every other key."""
+    everything = upstream_configs()
+    assert len(everything) == 66
     defaults = load_config()
-    for file_name, flat in all_settings.items():
+    for file_name, flat in everything.items():
         path = tmp_path / file_name.replace("/", "-")
-        path.write_text(yaml.safe_dump(nested(flat)))
+        path.write_text(yaml.safe_dump(nested({name: _as_list(value) for name, value in flat.items()})))
         cfg = load_config(path)
         for name, value in flat.items():
-            assert lookup(cfg, name) == (tuple(value) if isinstance(value, list) else value), (file_name, name)
+            assert lookup(cfg, name) == value, (file_name, name)
         assert all(lookup(cfg, name) == lookup(defaults, name) for name in leaves() if name not in flat), file_name
         assert load_text(tmp_path, dump_config(cfg)) == cfg, file_name
 
 
-def test_shipped_configs_equal_upstreams(shared_data: Path) -> None:
+@pytest.mark.parametrize("name", list(upstream_configs()))
+def test_shipped_configs_equal_upstreams(name: str) -> None:
+    assert load_config(REPOSITORY / "configs" / name) == Config.model_validate(nested(upstream_configs()[name]))
+
+
+def test_the_stored_settings_are_those_of_the_inventory(shared_data: Path) -> None:
     source = shared_data.parent / "reference" / "config_values.json"
     if not source.is_file():
         pytest.skip(f"no {source.name} beside the test data")
-    all_settings = json.loads(source.read_text())
-    same_name = [path for path in CONFIGS if path.relative_to(REPOSITORY / "configs").as_posix() in all_settings]
-    assert len(same_name) >= 12
-    for path in same_name:
-        flat = all_settings[path.relative_to(REPOSITORY / "configs").as_posix()]
-        changed = {name: tuple(value) if isinstance(value, list) else value for name, value in flat.items()}
-        assert load_config(path) == Config.model_validate(nested(changed)), path.name
+    inventory = json.loads(source.read_text())
+    assert list(upstream_configs()) == sorted(inventory)
+    for name, flat in inventory.items():
+        changed = {key: tuple(value) if isinstance(value, list) else value for key, value in flat.items()}
+        assert Config.model_validate(nested(changed)) == Config.model_validate(nested(upstream_configs()[name])), name
+
+
+def _as_list(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
