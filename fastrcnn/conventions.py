@@ -73,7 +73,7 @@ class Convention:
         agnostic_columns: columns of class-agnostic box deltas; the last four are used.
 
     Keys, see :data:`KEYS`:
-        pixel_mean, pixel_std, to_bgr255, size_divisibility: of the input.
+        pixel_mean, pixel_std, to_bgr255: of the input.
         stride_in_1x1: which convolution of a bottleneck halves the map.
         frozen_bn_epsilon: added to the variance by frozen batch normalisation.
         straddle_threshold: anchors that leave the image by more are not trained; negative: all are.
@@ -126,7 +126,6 @@ class Convention:
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
     to_bgr255: bool
-    size_divisibility: int
     stride_in_1x1: bool
     frozen_bn_epsilon: float
     straddle_threshold: float
@@ -181,7 +180,6 @@ MASKRCNN_BENCHMARK = Convention(
     pixel_mean=(102.9801, 115.9465, 122.7717),
     pixel_std=(1.0, 1.0, 1.0),
     to_bgr255=True,
-    size_divisibility=0,
     stride_in_1x1=True,
     frozen_bn_epsilon=0.0,
     straddle_threshold=0,
@@ -236,7 +234,6 @@ DETECTRON2 = Convention(
     pixel_mean=(103.53, 116.28, 123.675),
     pixel_std=(1.0, 1.0, 1.0),
     to_bgr255=True,
-    size_divisibility=0,
     stride_in_1x1=True,
     frozen_bn_epsilon=1e-5,
     straddle_threshold=-1,
@@ -291,7 +288,6 @@ TORCHVISION = Convention(
     pixel_mean=(0.485, 0.456, 0.406),
     pixel_std=(0.229, 0.224, 0.225),
     to_bgr255=False,
-    size_divisibility=32,
     stride_in_1x1=False,
     frozen_bn_epsilon=1e-5,
     straddle_threshold=-1,
@@ -319,7 +315,6 @@ KEYS = {
     "INPUT.PIXEL_MEAN": "pixel_mean",
     "INPUT.PIXEL_STD": "pixel_std",
     "INPUT.TO_BGR255": "to_bgr255",
-    "DATALOADER.SIZE_DIVISIBILITY": "size_divisibility",
     "MODEL.RESNETS.STRIDE_IN_1X1": "stride_in_1x1",
     "MODEL.BACKBONE.FROZEN_BN_EPSILON": "frozen_bn_epsilon",
     "MODEL.RPN.STRADDLE_THRESH": "straddle_threshold",

@@ -211,7 +211,8 @@ def _warn_of_other_conventions(cfg: Config, latest: dict[str, Setting]) -> None:
     for name, attribute in KEYS.items():
         usual = getattr(convention, attribute)
         set_in_file = name in latest and latest[name].where != COMMAND_LINE
-        if set_in_file and not name.startswith("SOLVER.") and lookup(cfg, name) != usual:
+        of_the_weights = name.startswith(("MODEL.", "INPUT."))  # the schedule and the padding are anyone's choice
+        if set_in_file and of_the_weights and lookup(cfg, name) != usual:
             warnings.warn(
                 f"{latest[name].where}: {name} {render(lookup(cfg, name))} is not what MODEL.CONVENTION "
                 f"{convention.name} does, which is {render(usual)}",

@@ -1,0 +1,148 @@
+"""MODEL.CONVENTION: each numeric choice reaches the model, and the keys whose default it gives."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+
+from fastrcnn.config import ConfigWarning, load_config, with_overrides
+from fastrcnn.config.describe import leaves
+from fastrcnn.conventions import CONVENTIONS, KEYS, MASKRCNN_BENCHMARK, TORCHVISION, Convention
+from fastrcnn.structures import ImageList
+from fastrcnn_kernels import decode_boxes
+from tests.config_helpers import lookup
+from tests.models.inputs import CONFIGS, random_batch, small_model
+from tests.models.test_scalar_chain import calibrate, chain_model
+
+# Choices of the two-stage models and a value far enough from all systems' to be seen in one step.
+CHOICES: list[tuple[str, Any]] = [
+    ("box_offset", 0),
+    ("delta_clip", 0.01),
+    ("anchor_style", "torchvision"),
+    ("rpn_normaliser", "wanted"),
+    ("rpn_box_beta", 3.0),
+    ("box_beta", 0.0),
+    ("mask_target", "roi_align"),
+    ("canonical_size", 30.0),
+    ("canonical_level", 5),
+    ("level_eps", 1.0),
+    ("level_eps_outside", 1.0),
+    ("roi_align_aligned", True),
+    ("detection_min_size", 60.0),
+]
+
+
+def outputs(convention: Convention, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Losses of a step and detections of a fixed small model."""
+    monkeypatch.setitem(CONVENTIONS, "maskrcnn_benchmark", MASKRCNN_BENCHMARK)
+    images, targets = random_batch([3, 2], [(150, 130), (140, 140)], num_classes=4, seed=4, dtype=torch.float64)
+    weights = chain_model("maskrcnn_benchmark")
+    calibrate(weights, images)
+    monkeypatch.setitem(CONVENTIONS, "maskrcnn_benchmark", convention)
+    model = chain_model("maskrcnn_benchmark")
+    cells = {name: value for name, value in model.state_dict().items() if "cell_anchors" in name}
+    model.load_state_dict(weights.state_dict() | cells)
+    with torch.no_grad():
+        losses = model(images, targets)
+        found = model.eval()(images)
+    return [*losses.values(), *(f.boxes.flatten() for f in found), *(f.scores for f in found)]
+
+
+@pytest.mark.parametrize(("field", "value"), CHOICES)
+def test_each_choice_reaches_the_model(field, value, monkeypatch):
+    plain = outputs(MASKRCNN_BENCHMARK, monkeypatch)
+    changed = outputs(replace(MASKRCNN_BENCHMARK, **{field: value}), monkeypatch)
+    assert any(a.shape != b.shape or not torch.allclose(a, b, atol=1e-7) for a, b in zip(plain, changed, strict=True))
+    again = outputs(replace(MASKRCNN_BENCHMARK), monkeypatch)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize(("ties", "found"), [(True, 3), (False, 1)])
+def test_ties_of_the_last_detection(ties, found, monkeypatch):
+    """Three candidates of one score where one is allowed."""
+    monkeypatch.setitem(CONVENTIONS, "maskrcnn_benchmark", replace(MASKRCNN_BENCHMARK, detection_ties=ties))
+    head = small_model("MODEL.ROI_HEADS.DETECTIONS_PER_IMG", "1").roi_heads["box"]
+    boxes = torch.tensor([[0.0, 0, 9, 9], [20, 0, 29, 9], [40, 0, 49, 9]])
+    scores = torch.tensor([0.1, 0.9, 0.0, 0.0, 0.0]).repeat(3, 1)
+    assert len(head._detect(boxes, scores, (50, 60), torch.tensor([50, 60]))) == found
+
+
+@pytest.mark.parametrize(("drop", "found"), [(False, 2), (True, 1)])
+def test_detections_without_an_area(drop, found, monkeypatch):
+    convention = replace(MASKRCNN_BENCHMARK, drop_empty_detections=drop)
+    monkeypatch.setitem(CONVENTIONS, "maskrcnn_benchmark", convention)
+    head = small_model().roi_heads["box"]
+    boxes = torch.tensor([[0.0, 0, 9, 9], [20, 0, 20, 9]])
+    scores = torch.tensor([0.1, 0.9, 0.0, 0.0, 0.0]).repeat(2, 1)
+    assert len(head._detect(boxes, scores, (50, 60), torch.tensor([50, 60]))) == found
+
+
+@pytest.mark.parametrize(("inclusive", "exact"), [(True, True), (False, False)])
+def test_proposals_of_exactly_the_smallest_size(inclusive, exact, monkeypatch):
+    convention = replace(MASKRCNN_BENCHMARK, min_size_inclusive=inclusive)
+    monkeypatch.setitem(CONVENTIONS, "maskrcnn_benchmark", convention)
+    rpn = small_model("MODEL.RPN.MIN_SIZE", "5").rpn
+    sides = torch.tensor([5.0, 5.000001])
+    assert (sides >= rpn.smallest_side).tolist() == [exact, True]
+
+
+def test_strides_of_torchvision_follow_the_image():
+    """P6 of an 800 x 1344 image is 13 x 21: steps of 61 and 64, by explicit anchors and by moved deltas."""
+    generator = small_model("MODEL.CONVENTION", "torchvision").rpn.anchor_generator
+    shapes = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]
+    features = [torch.zeros(1, 1, h, w) for h, w in shapes]
+    nominal, own = generator(features), generator(features, (800, 1344))
+    assert all(torch.equal(a, b) for a, b in zip(nominal[:4], own[:4], strict=True))
+    corners = own[4].view(13, 21, 3, 4)
+    assert (corners[1:, :, :, 1] - corners[:-1, :, :, 1]).unique().tolist() == [61]
+    assert (corners[:, 1:, :, 0] - corners[:, :-1, :, 0]).unique().tolist() == [64]
+
+    deltas = [torch.randn(1, 12, h, w) * 0.1 for h, w in shapes]
+    moved = generator.move_deltas(deltas, (800, 1344))
+    assert all(a is b for a, b in zip(deltas[:4], moved[:4], strict=True))
+    in_order = [d[0].view(3, 4, 13, 21).permute(2, 3, 0, 1).reshape(-1, 4) for d in (deltas[4], moved[4])]
+    torch.testing.assert_close(
+        decode_boxes(in_order[0], own[4]), decode_boxes(in_order[1], nominal[4]), rtol=0, atol=1e-3
+    )
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_of_the_schema_are_maskrcnn_benchmarks():
+    for name, field in KEYS.items():
+        assert leaves()[name].default == getattr(MASKRCNN_BENCHMARK, field), name
+    assert set(KEYS.values()) <= {field.name for field in fields(Convention)}
+
+
+@pytest.mark.parametrize("system", list(CONVENTIONS))
+def test_a_convention_gives_the_defaults_of_its_keys(system):
+    cfg = load_config(None, ["MODEL.CONVENTION", system])
+    for name, field in KEYS.items():
+        assert lookup(cfg, name) == getattr(CONVENTIONS[system], field), name
+
+
+def test_what_is_set_wins_and_a_file_that_differs_warns(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("MODEL:\n  CONVENTION: torchvision\n  RPN:\n    STRADDLE_THRESH: 0\n")
+    with pytest.warns(ConfigWarning, match=r"config\.yaml:4: MODEL\.RPN\.STRADDLE_THRESH 0 .* torchvision .* is -1"):
+        cfg = load_config(path, ["MODEL.RPN.MIN_SIZE", "3"])
+    assert (cfg.MODEL.RPN.STRADDLE_THRESH, cfg.MODEL.RPN.MIN_SIZE) == (0, 3)
+    assert cfg.INPUT.PIXEL_MEAN == TORCHVISION.pixel_mean
+
+
+def test_another_convention_later_brings_its_defaults():
+    cfg = load_config(CONFIGS / "e2e_mask_rcnn_R_50_FPN_1x.yaml", ["MODEL.RPN.MIN_SIZE", "7"])
+    changed = with_overrides(cfg, ["MODEL.CONVENTION", "torchvision"])
+    assert changed.INPUT.PIXEL_STD == TORCHVISION.pixel_std
+    assert changed.MODEL.RPN.MIN_SIZE == 7
+    assert changed.MODEL.RPN.FPN_POST_NMS_TOP_N_TEST == 1000
+    assert with_overrides(changed, ["MODEL.CONVENTION", "maskrcnn_benchmark"]).INPUT.PIXEL_STD == (1.0, 1.0, 1.0)
+
+
+def test_padding_is_of_the_batch():
+    images = ImageList(torch.zeros(2, 3, 64, 96), [(60, 90), (64, 70)])
+    assert images.padded_size == (64, 96)
