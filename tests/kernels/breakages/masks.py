@@ -31,8 +31,8 @@ BREAKAGES = [
     ),
     Breakage(
         "kernels/csrc/rasterize.cpp",
-        "const bool flat = dx >= dy;",
-        "const bool flat = dx > dy;",
+        "const double step = at - a.x + (slope < 0 ? 1.0 : 0.0);",
+        "const double step = at - a.x;",
         f"{POLYGONS}::test_rasterize_polygons_equals_pycocotools[cpp-cpu-integers-28]",
     ),
     Breakage(
