@@ -1,4 +1,4 @@
-"""``python -m fastrcnn.evaluate``: detect in every image of the test sets and judge the detections with pycocotools."""
+"""``python -m fastrcnn.evaluate``: detect in every image of the test sets and judge the detections."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import torch
 
 from fastrcnn import build
 from fastrcnn.config import Config, load_config
-from fastrcnn.data.dataset import DetectionDataset
+from fastrcnn.data import Catalog, DetectionDataset
 from fastrcnn.engine.checkpoint import last_checkpoint
 from fastrcnn.engine.command import UsageError, make_parser, run_command
 from fastrcnn.engine.distributed import World, join_world, leave_world
-from fastrcnn.engine.inference import Prediction, evaluate_dataset, result_folders
+from fastrcnn.engine.inference import evaluate_dataset, result_folders
+from fastrcnn.engine.judge import Prediction, judge_for
 from fastrcnn.engine.outputs import set_up_logging
 from fastrcnn.engine.signals import StopSignals
 from fastrcnn.engine.step import DTYPES
-from fastrcnn.evaluation import CocoResults, RleMasks, check_expected
+from fastrcnn.evaluation import Results, RleMasks, check_expected
 from fastrcnn.visualize import draw_detections
 
 logger = logging.getLogger("fastrcnn.evaluate")
@@ -33,7 +34,8 @@ EXAMPLES = """\
   torchrun --nproc_per_node=8 -m fastrcnn.evaluate --config-file output/config.yml
 
 Without --weights the newest checkpoint of OUTPUT_DIR is evaluated. Results go to OUTPUT_DIR/inference/<dataset>/:
-bbox.json and segm.json in COCO's result format, summary.json, and with TEST.VIS_IMAGES drawn images.
+bbox.json, segm.json and keypoints.json in COCO's result format (box_proposals.pth of MODEL.RPN_ONLY), result.txt of
+Pascal VOC, summary.json, and with TEST.VIS_IMAGES drawn images.
 """
 
 
@@ -45,12 +47,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Evaluate. Returns the exit code (``--help`` lists them)."""
-    return run_command(lambda: evaluate(parse_arguments(argv)))
+def main(argv: list[str] | None = None, catalog: Catalog | None = None) -> int:
+    """Evaluate. Returns the exit code (``--help`` lists them).
+
+    ``catalog`` holds data sets that were registered by function.
+    """
+    return run_command(lambda: evaluate(parse_arguments(argv), catalog))
 
 
-def evaluate(args: argparse.Namespace) -> int:
+def evaluate(args: argparse.Namespace, catalog: Catalog | None = None) -> int:
     """Evaluate the weights on each test set; raises what :func:`fastrcnn.engine.command.run_command` understands."""
     cfg = load_config(args.config_file, args.opts)
     names = (args.dataset,) if args.dataset else cfg.DATASETS.TEST
@@ -62,7 +67,7 @@ def evaluate(args: argparse.Namespace) -> int:
     set_up_logging(world.rank)
     check_batch_size("TEST.IMS_PER_BATCH", cfg.TEST.IMS_PER_BATCH, world)
     weights = find_weights(cfg, args.weights)
-    datasets = build_test_datasets(cfg, names)
+    datasets = build_test_datasets(cfg, names, catalog=catalog)
     model = build.build_model(cfg)
     report = build.load_model_weights(cfg, model, weights, allow_partial=args.allow_partial, complete=True)
     logger.info("%s", report)
@@ -71,7 +76,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if world.is_main:
         for name, results in all_results.items():
             for kind in results.stats:
-                print(f"\n{name}: {kind} AP of each class, per cent\n{results.table(kind)}")
+                if results.per_class.get(kind):
+                    print(f"\n{name}: {kind} AP of each class, per cent\n{results.table(kind)}")
     leave_world(world)
     return 0
 
@@ -110,12 +116,12 @@ def check_classes(cfg: Config, name: str, dataset: DetectionDataset) -> None:
 
 
 def build_test_datasets(
-    cfg: Config, names: Sequence[str], like: DetectionDataset | None = None
+    cfg: Config, names: Sequence[str], like: DetectionDataset | None = None, catalog: Catalog | None = None
 ) -> dict[str, DetectionDataset]:
     """The test sets by name, checked against the model and, if given, the training set's classes."""
     datasets = {}
     for name in names:
-        dataset = build.build_dataset(cfg, (name,), is_train=False)
+        dataset = build.build_dataset(cfg, (name,), is_train=False, catalog=catalog)
         check_classes(cfg, name, dataset)
         if like is not None and list(dataset.class_names) != list(like.class_names):
             pairs = zip(like.class_names, dataset.class_names, strict=True)
@@ -135,11 +141,8 @@ def evaluate_model(
     world: World,
     stop: StopSignals,
     about: Mapping[str, Any],
-) -> dict[str, CocoResults]:
+) -> dict[str, Results]:
     """Evaluate ``model`` on each data set and write the results to OUTPUT_DIR/inference. All ranks call it."""
-    if build.gives_proposals(cfg):
-        logger.warning("MODEL.RPN_ONLY: proposals are not evaluated by this version")
-        return {}
     found = {}
     for (name, dataset), folder in zip(datasets.items(), result_folders(list(datasets)), strict=True):
         results = evaluate_dataset(
@@ -147,8 +150,7 @@ def evaluate_model(
             build.build_test_loader(cfg, dataset, world.rank, world.size),
             name=name,
             num_images=len(dataset),
-            annotation_file=annotation_file(dataset),
-            label_to_category_id=dataset.label_to_category_id,
+            judge=judge_for(dataset, proposals=build.gives_proposals(cfg)),
             output_dir=Path(cfg.OUTPUT_DIR) / "inference" / folder,
             world=world,
             dtype=DTYPES[cfg.DTYPE],
@@ -160,12 +162,6 @@ def evaluate_model(
             check_expected(results, cfg.TEST.EXPECTED_RESULTS, cfg.TEST.EXPECTED_RESULTS_SIGMA_TOL)
         found[name] = results
     return found
-
-
-def annotation_file(dataset: Any) -> Path:
-    """The annotation file of a data set made from one name."""
-    inner = getattr(dataset, "datasets", None)
-    return Path((inner[0] if inner else dataset).annotation_file)
 
 
 def picture_writer(dataset: DetectionDataset, count: int) -> Callable[[Sequence[Prediction], Path], None]:

@@ -25,10 +25,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-from fastrcnn.build import build_model, gives_proposals, load_model_weights, num_classes
+from fastrcnn.build import build_catalog, build_model, gives_proposals, load_model_weights, num_classes
 from fastrcnn.config import Config, load_config
-from fastrcnn.data.catalog import resolve
-from fastrcnn.data.coco_file import read_json
 from fastrcnn.data.collate import Normalization
 from fastrcnn.data.dataset import DataError
 from fastrcnn.data.image import read_image
@@ -231,7 +229,7 @@ def read_labels(path: Path) -> list[str]:
 
 
 def find_class_names(cfg: Config, weights: Path) -> list[str] | None:
-    """Class names from ``labels.json`` beside the weights, else from an annotation file of the configured data sets.
+    """Class names from ``labels.json`` beside the weights, else those of the configured data sets.
 
     None where neither is there or has as many classes as the model. Proposals are all called ``object``.
     """
@@ -245,12 +243,12 @@ def find_class_names(cfg: Config, weights: Path) -> list[str] | None:
         print(f"warning: {beside} names {len(names)} classes, the model has other ones: not used", file=sys.stderr)
     for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         try:
-            _, content = read_json(resolve(dataset).annotation_file)
-            categories = {category["id"]: str(category["name"]) for category in content["categories"]}
-        except (DataError, KeyError, TypeError):
-            continue  # the data set need not be on this machine
-        if len(categories) + 1 == num_classes(cfg):
-            return ["__background__", *(name for _, name in sorted(categories.items()))]
+            source = build_catalog(cfg).resolve(dataset)
+        except DataError:
+            continue
+        known = None if callable(source) else source.class_names()  # the data set need not be on this machine
+        if known is not None and len(known) == num_classes(cfg):
+            return known
     return None
 
 

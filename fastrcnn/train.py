@@ -14,8 +14,8 @@ from pathlib import Path
 
 from fastrcnn import build
 from fastrcnn.config import Config, dump_config, load_config
-from fastrcnn.data.catalog import CATALOG, resolve
-from fastrcnn.data.dataset import DetectionDataset
+from fastrcnn.data import Catalog, DetectionDataset
+from fastrcnn.data.catalog import BENCHMARK_SOURCES
 from fastrcnn.engine.checkpoint import Checkpointer
 from fastrcnn.engine.command import UsageError, make_parser, run_command
 from fastrcnn.engine.distributed import World, join_world, leave_world, unwrap_model, wrap_model
@@ -91,13 +91,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train. Returns the exit code (``--help`` lists them)."""
+def main(argv: list[str] | None = None, catalog: Catalog | None = None) -> int:
+    """Train. Returns the exit code (``--help`` lists them). ``catalog`` holds data sets registered by function."""
     command_line = [sys.executable, "-m", "fastrcnn.train", *(sys.argv[1:] if argv is None else argv)]
-    return run_command(lambda: run(parse_arguments(argv), command_line))
+    return run_command(lambda: run(parse_arguments(argv), command_line, catalog))
 
 
-def run(args: argparse.Namespace, command_line: Sequence[str]) -> int:
+def run(args: argparse.Namespace, command_line: Sequence[str], catalog: Catalog | None = None) -> int:
     """Train as ``args`` say; raises what :func:`fastrcnn.engine.command.run_command` understands."""
     cfg = load_config(args.config_file, args.opts)
     if args.print_config:
@@ -109,9 +109,9 @@ def run(args: argparse.Namespace, command_line: Sequence[str]) -> int:
         use_deterministic_algorithms()
     output_dir = Path(cfg.OUTPUT_DIR)
     if args.dry_run:
-        return dry_run(build_run(cfg, world, args))
+        return dry_run(build_run(cfg, world, args, catalog))
     world.on_main(lambda: check_output_dir(output_dir, resume=args.resume, overwrite=args.overwrite))
-    this = build_run(cfg, world, args)
+    this = build_run(cfg, world, args, catalog)
     folders = result_folders(list(this.test_datasets))
     done = this.start_iteration >= cfg.SOLVER.MAX_ITER
     if done and (args.skip_test or tested(output_dir, folders, this.start_iteration)):
@@ -131,19 +131,19 @@ def run(args: argparse.Namespace, command_line: Sequence[str]) -> int:
     return 0
 
 
-def build_run(cfg: Config, world: World, args: argparse.Namespace) -> Run:
+def build_run(cfg: Config, world: World, args: argparse.Namespace, catalog: Catalog | None = None) -> Run:
     """Build and check everything, reading only. Restores the newest checkpoint with ``--resume``."""
     if not cfg.DATASETS.TRAIN:
         raise UsageError("DATASETS.TRAIN is empty: pass DATASETS.TRAIN \"('ANNOTATIONS.json@IMAGE_FOLDER',)\"")
     check_batch_size("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, world)
-    dataset = build.build_dataset(cfg, cfg.DATASETS.TRAIN, is_train=True)
+    dataset = build.build_dataset(cfg, cfg.DATASETS.TRAIN, is_train=True, catalog=catalog)
     check_classes(cfg, ", ".join(cfg.DATASETS.TRAIN), dataset)
     if cfg.MODEL.MASK_ON and not dataset.has_masks:
         raise UsageError(f"{', '.join(cfg.DATASETS.TRAIN)} has no masks: pass MODEL.MASK_ON False")
     test_datasets: dict[str, DetectionDataset] = {}
     if not args.skip_test or cfg.SOLVER.TEST_PERIOD:
         check_batch_size("TEST.IMS_PER_BATCH", cfg.TEST.IMS_PER_BATCH, world)
-        test_datasets = build_test_datasets(cfg, present_test_sets(cfg), like=dataset)
+        test_datasets = build_test_datasets(cfg, present_test_sets(cfg, catalog), like=dataset, catalog=catalog)
 
     seed_everything(cfg.SOLVER.SEED)
     model = build.build_model(cfg)
@@ -194,20 +194,18 @@ def build_run(cfg: Config, world: World, args: argparse.Namespace) -> Run:
     return Run(cfg, world, dataset, test_datasets, step, checkpointer, start_iteration)
 
 
-def present_test_sets(cfg: Config) -> list[str]:
+def present_test_sets(cfg: Config, catalog: Catalog | None = None) -> list[str]:
     """DATASETS.TEST without the catalog's sets that are not on this machine, which only an evaluation would need.
 
     The configurations of maskrcnn-benchmark name COCO's; whoever trains on own data may not have it. With
     SOLVER.TEST_PERIOD the run does need them, and building them raises DataError.
     """
     present = []
+    names = build.build_catalog(cfg, catalog)
     for name in cfg.DATASETS.TEST:
-        if name in CATALOG and not cfg.SOLVER.TEST_PERIOD and not resolve(name).annotation_file.exists():
-            logger.warning(
-                "DATASETS.TEST %s: %s is missing; this run will not be evaluated on it",
-                name,
-                resolve(name).annotation_file,
-            )
+        marker = getattr(names.resolve(name), "marker", None) if name in BENCHMARK_SOURCES else None
+        if marker is not None and not marker.exists() and not cfg.SOLVER.TEST_PERIOD:
+            logger.warning("DATASETS.TEST %s: %s is missing; this run will not be evaluated on it", name, marker)
         else:
             present.append(name)
     return present

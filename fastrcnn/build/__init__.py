@@ -5,7 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from fastrcnn.build.backbone import build_backbone
-from fastrcnn.build.data import build_dataset, build_test_loader, build_test_transform, build_train_loader
+from fastrcnn.build.data import (
+    build_catalog,
+    build_dataset,
+    build_test_loader,
+    build_test_transform,
+    build_train_loader,
+)
 from fastrcnn.build.family import classes_key, gives_proposals, num_classes
 from fastrcnn.build.heads import build_box_head, build_keypoint_head, build_mask_head
 from fastrcnn.build.rpn import build_retinanet, build_rpn
@@ -16,6 +22,7 @@ from fastrcnn.conventions import CONVENTIONS, Convention
 from fastrcnn.models.detector import GeneralizedRCNN
 
 __all__ = [
+    "build_catalog",
     "build_dataset",
     "build_model",
     "build_test_loader",

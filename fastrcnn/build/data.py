@@ -7,20 +7,36 @@ from collections.abc import Sequence
 import torch
 
 from fastrcnn.config import Config
-from fastrcnn.data.catalog import load_dataset
+from fastrcnn.data.catalog import Catalog
 from fastrcnn.data.collate import Batch, Normalization, TestBatch
 from fastrcnn.data.dataset import DetectionDataset
 from fastrcnn.data.loader import Loader, make_test_loader, make_train_loader
 from fastrcnn.data.transforms import TestTransform, TrainTransform
 
 
-def build_dataset(cfg: Config, names: Sequence[str], *, is_train: bool) -> DetectionDataset:
+def build_catalog(cfg: Config, catalog: Catalog | None = None) -> Catalog:
+    """``catalog`` (maskrcnn-benchmark's names by default) and the names of ``DATASETS.OWN``.
+
+    Raises:
+        DataError: a name is taken, or where it lies is of no known form.
+    """
+    found = Catalog() if catalog is None else catalog.copy()
+    for name, source in cfg.DATASETS.OWN:
+        found.register(name, source)
+    return found
+
+
+def build_dataset(
+    cfg: Config, names: Sequence[str], *, is_train: bool, catalog: Catalog | None = None
+) -> DetectionDataset:
     """The data sets called ``names``, joined. Training drops images without annotations (``DATASETS.FILTER_EMPTY``).
 
     Raises:
         DataError: an unknown name, or faulty files.
     """
-    return load_dataset(names, remove_images_without_annotations=is_train and cfg.DATASETS.FILTER_EMPTY)
+    return build_catalog(cfg, catalog).open(
+        names, is_train=is_train, filter_empty=is_train and cfg.DATASETS.FILTER_EMPTY
+    )
 
 
 def _normalization(cfg: Config) -> Normalization:

@@ -313,8 +313,9 @@ class InputConfig(Section):
 class DatasetsConfig(Section):
     """What to train on and to test on."""
 
-    TRAIN: Names = key((), "Training sets: names of the catalog or ANNOTATIONS.json@IMAGE_FOLDER")
-    TEST: Names = key((), "Evaluation sets: names of the catalog or ANNOTATIONS.json@IMAGE_FOLDER")
+    TRAIN: Names = key((), "Training sets: names, ANNOTATIONS.json@IMAGE_FOLDER, voc:FOLDER@SPLIT, ...")
+    TEST: Names = key((), "Evaluation sets: names, ANNOTATIONS.json@IMAGE_FOLDER, voc:FOLDER@SPLIT, ...")
+    OWN: tuple[tuple[Name, Name], ...] = own((), "(name, where it lies) of data sets that TRAIN and TEST then name")
     FILTER_EMPTY: Bool = own(True, "Training drops images without a usable annotation; false trains on them")
 
 

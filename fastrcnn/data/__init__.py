@@ -1,21 +1,29 @@
 """Images and ground truth in, batches out.
 
-A data set is anything that follows :class:`~fastrcnn.data.dataset.DetectionDataset`; COCO files are built in.
+A data set is anything that follows :class:`~fastrcnn.data.dataset.DetectionDataset`; COCO files, Pascal VOC and
+Cityscapes are built in.
 """
 
-from fastrcnn.data.catalog import load_dataset
+from fastrcnn.data.catalog import Catalog, CityscapesSource, CocoSource, VocSource
+from fastrcnn.data.cityscapes import CityscapesDataset
 from fastrcnn.data.coco import CocoDataset
 from fastrcnn.data.collate import Batch, Normalization, TestBatch
 from fastrcnn.data.dataset import ConcatDataset, DataError, DetectionDataset, ImageInfo, Sample
 from fastrcnn.data.image import read_image
 from fastrcnn.data.loader import Loader, make_test_loader, make_train_loader
 from fastrcnn.data.sampler import BatchSchedule
+from fastrcnn.data.to_coco import dataset_to_coco
 from fastrcnn.data.transforms import TestTransform, TrainTransform
+from fastrcnn.data.voc import VocDataset
 
 __all__ = [
     "Batch",
     "BatchSchedule",
+    "Catalog",
+    "CityscapesDataset",
+    "CityscapesSource",
     "CocoDataset",
+    "CocoSource",
     "ConcatDataset",
     "DataError",
     "DetectionDataset",
@@ -26,7 +34,9 @@ __all__ = [
     "TestBatch",
     "TestTransform",
     "TrainTransform",
-    "load_dataset",
+    "VocDataset",
+    "VocSource",
+    "dataset_to_coco",
     "make_test_loader",
     "make_train_loader",
     "read_image",

@@ -6,7 +6,7 @@ import datetime
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastrcnn.engine.distributed import World
+from fastrcnn.engine.judge import Judge, Prediction
 from fastrcnn.engine.outputs import write_json
 from fastrcnn.engine.signals import StopSignals, iterate
 from fastrcnn.engine.step import autocast
-from fastrcnn.evaluation import CocoResults, detections_to_coco, evaluate_coco, masks_to_rle
-from fastrcnn.evaluation.coco import METRICS
+from fastrcnn.evaluation import Results, masks_to_rle
 from fastrcnn.structures import BoxList, ImageList
 
 logger = logging.getLogger("fastrcnn.inference")
@@ -35,22 +35,6 @@ class DetectionBatch(Protocol):
     def indices(self) -> list[int]: ...
     @property
     def original_sizes(self) -> list[tuple[int, int]]: ...
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What was found in one image.
-
-    Attributes:
-        index, image_id: of the image in the data set.
-        found: boxes, scores and labels in the frame of the original image, on the host.
-        masks: COCO RLE of each detection in the original image; None from a model without masks.
-    """
-
-    index: int
-    image_id: int
-    found: BoxList
-    masks: list[dict[str, Any]] | None
 
 
 @torch.no_grad()
@@ -97,7 +81,7 @@ def in_original_image(found: BoxList, image_id: int, index: int, size: tuple[int
     masks = None
     if isinstance(resized.masks, Tensor):
         masks = masks_to_rle(resized.masks.float(), resized.boxes.float(), (height, width))
-    plain = BoxList(resized.boxes.float(), resized.size, labels=resized.labels, scores=resized.scores)
+    plain = replace(resized, boxes=resized.boxes.float(), masks=None)
     return Prediction(index, image_id, plain, masks)
 
 
@@ -107,22 +91,22 @@ def evaluate_dataset(
     *,
     name: str,
     num_images: int,
-    annotation_file: Path,
-    label_to_category_id: Mapping[int, int],
+    judge: Judge,
     output_dir: Path,
     world: World,
     dtype: torch.dtype = torch.float32,
     stop: StopSignals | None = None,
     about: Mapping[str, Any] | None = None,
     draw: Callable[[Sequence[Prediction], Path], None] | None = None,
-) -> CocoResults:
+) -> Results:
     """Detect in every image of a data set, write the detections and evaluate them. All ranks call it.
 
-    Writes ``bbox.json``, ``segm.json`` (COCO results) and ``summary.json`` to ``output_dir``.
+    Writes ``summary.json`` and the files of ``judge`` (``bbox.json``, ``segm.json``: COCO results) to ``output_dir``.
 
     Args:
         name: of the data set, for the log.
         batches: this rank's share; over the ranks each image exactly once.
+        judge: see :func:`fastrcnn.engine.judge.judge_for`; called on rank 0.
         about: entries for ``summary.json``, such as the iteration.
         draw: draws some of the predictions into a folder (rank 0).
 
@@ -136,17 +120,14 @@ def evaluate_dataset(
     _log_time("Total run time", time.perf_counter() - started, num_images, world.size)
     _log_time("Model inference time", model_seconds, num_images, world.size)
 
-    def judge() -> CocoResults:
+    def conclude() -> Results:
         assert gathered is not None
         predictions = sorted((p for part in gathered for p in part), key=lambda p: p.index)
-        results = detections_to_coco([(p.image_id, p.found, p.masks) for p in predictions], label_to_category_id)
-        for kind, detections in results.items():
-            write_json(output_dir / f"{kind}.json", detections)
-        found = evaluate_coco(annotation_file, results)
+        found = judge(predictions, output_dir)
         summary = {
             "dataset": name,
             "num_images": num_images,
-            "num_detections": len(results["bbox"]),
+            "num_detections": sum(len(p.found) for p in predictions),
             **(about or {}),
             "results": found.to_dict(),
         }
@@ -156,19 +137,25 @@ def evaluate_dataset(
         logger.info("\n%s", found)
         return found
 
-    return world.on_main(judge)
+    return world.on_main(conclude)
 
 
-def as_metrics(results: CocoResults) -> dict[str, float]:
+def as_metrics(results: Results) -> dict[str, float]:
     """``{"bbox/AP": 0.37, ..., "segm/APl": 0.5}``."""
-    return {f"{kind}/{metric}": stats[metric] for kind, stats in results.stats.items() for metric in METRICS}
+    return {f"{kind}/{name}": stats[name] for kind, stats in results.stats.items() for name in results.metrics(kind)}
 
 
 def result_folders(names: Sequence[str]) -> list[str]:
-    """A folder name for each data set: the name in the catalog, or that of the annotation file without ``.json``."""
+    """A folder name for each data set: its name; given by hand, that of its file or folder and its split."""
     folders: list[str] = []
     for name in names:
-        folder = Path(name.split("@", 1)[0]).stem if "@" in name else name.replace("/", "_")
+        first, _, last = name.rpartition("@")
+        if first.endswith(".json"):
+            folder = Path(first).stem
+        elif first:
+            folder = f"{Path(first.partition(':')[2]).name}_{last}"
+        else:
+            folder = name.replace("/", "_")
         same = sum(taken == folder or taken.startswith(f"{folder}.") for taken in folders)
         folders.append(f"{folder}.{same + 1}" if same else folder)
     return folders

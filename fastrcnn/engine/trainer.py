@@ -26,6 +26,8 @@ from fastrcnn.engine.step import TrainingBatch, TrainStep
 
 logger = logging.getLogger("fastrcnn.trainer")
 
+BEST_METRICS = ("segm/AP", "keypoints/AP", "bbox/AP", "voc/mAP07", "box_proposal/AR@1000")
+
 
 def train(
     step: TrainStep,
@@ -41,7 +43,7 @@ def train(
     checkpoint_period: int = 2500,
     test_period: int = 0,
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
-    best_metric: tuple[str, ...] = ("segm/AP", "bbox/AP"),
+    best_metric: tuple[str, ...] = BEST_METRICS,
 ) -> None:
     """Train from ``start_iteration`` steps done to ``max_iter``. All ranks call it with the same arguments.
 

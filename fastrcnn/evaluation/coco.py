@@ -1,4 +1,4 @@
-"""COCO evaluation of boxes and masks.
+"""COCO evaluation of boxes, masks and keypoints.
 
 pycocotools is the judge: this module prepares its input, checks what it would swallow silently or fail on without
 saying why (an unknown image, a mask of another size, an empty result list), keeps it quiet, and returns named numbers
@@ -13,59 +13,29 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from fastrcnn.evaluation.results import EvaluationError, Results
 from fastrcnn.structures import BoxList
 
-IOU_TYPES = ("bbox", "segm")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-STATS = (*METRICS, "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl")
+# In the order of pycocotools; the headline is maskrcnn-benchmark's.
+STATS = {
+    "bbox": (*METRICS, "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
+    "segm": (*METRICS, "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
+    "keypoints": (*KEYPOINT_METRICS, "AR", "AR50", "AR75", "ARm", "ARl"),
+}
+FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
 
 logger = logging.getLogger("fastrcnn.evaluation")
-
-
-class EvaluationError(ValueError):
-    """Results or ground truth that cannot be evaluated; the message is one line and names the file or the entry."""
-
-
-@dataclass(frozen=True)
-class CocoResults:
-    """What pycocotools found.
-
-    Attributes:
-        stats: for each of ``bbox``, ``segm``: the twelve numbers of pycocotools by name (``AP``, ``AP50``, ``AP75``,
-            ``APs``, ``APm``, ``APl``, ``AR1``, ``AR10``, ``AR100``, ``ARs``, ``ARm``, ``ARl``), fractions in [0, 1];
-            -1 where there is no ground truth to find.
-        per_class: for each type the AP of each class by name; None for a class without ground truth.
-    """
-
-    stats: dict[str, dict[str, float]]
-    per_class: dict[str, dict[str, float | None]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries for json: ``{type: {stat: value, ..., "per_class": {name: AP or null}}}``."""
-        return {kind: {**stats, "per_class": dict(self.per_class[kind])} for kind, stats in self.stats.items()}
-
-    def table(self, kind: str, columns: int = 3) -> str:
-        """The AP of every class of ``kind`` in per cent, in columns; ``-`` where there is no ground truth."""
-        cells = [(name, "-" if ap is None else f"{100 * ap:.1f}") for name, ap in self.per_class[kind].items()]
-        width = max((len(name) for name, _ in cells), default=0)
-        rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-        return "\n".join("  ".join(f"{name:<{width}} {ap:>5}" for name, ap in row).rstrip() for row in rows)
-
-    def __repr__(self) -> str:
-        """maskrcnn-benchmark's: task, metric names, values."""
-        lines = []
-        for kind, stats in self.stats.items():
-            lines += [f"Task: {kind}", ", ".join(METRICS), ", ".join(f"{stats[name]:.4f}" for name in METRICS)]
-        return "".join(line + "\n" for line in lines)
 
 
 def detections_to_coco(
@@ -81,7 +51,8 @@ def detections_to_coco(
         label_to_category_id: the data set's category id of each label.
 
     Returns:
-        ``{"bbox": [...]}`` and, if an image came with masks (an empty list counts), ``"segm": [...]``.
+        ``{"bbox": [...]}``; if an image came with masks (an empty list counts), ``"segm": [...]``; if the boxes have
+        keypoints, ``"keypoints": [...]``, each flat ``[x1, y1, v1, x2, ...]`` with the score of its box.
 
     Raises:
         EvaluationError: a label without a category id, detections without labels or scores, or a number of masks that
@@ -90,11 +61,14 @@ def detections_to_coco(
     results: dict[str, list[dict[str, Any]]] = {"bbox": []}
     if any(masks is not None for _, _, masks in predictions):
         results["segm"] = []
+    if any(found.keypoints is not None for _, found, _ in predictions):
+        results["keypoints"] = []
     for image_id, found, masks in predictions:
         if found.labels is None or found.scores is None:
             raise EvaluationError(f"image {image_id}: detections need labels and scores")
         if masks is not None and len(masks) != len(found):
             raise EvaluationError(f"image {image_id}: {len(masks)} masks for {len(found)} boxes")
+        points = None if found.keypoints is None else found.keypoints.points.flatten(1).tolist()
         for i, (box, label, score) in enumerate(
             zip(found.convert("xywh").boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True)
         ):
@@ -104,6 +78,8 @@ def detections_to_coco(
             results["bbox"].append({**entry, "bbox": box})
             if masks is not None:
                 results["segm"].append({**entry, "segmentation": dict(masks[i])})
+            if points is not None:
+                results["keypoints"].append({**entry, "keypoints": points[i]})
     return results
 
 
@@ -112,26 +88,26 @@ def evaluate_coco(
     results_by_type: Mapping[str, Sequence[Mapping[str, Any]] | str | Path],
     *,
     image_ids: Sequence[Any] | None = None,
-) -> CocoResults:
+) -> Results:
     """Evaluate COCO results with pycocotools.
 
     Args:
         annotations: the ground truth: an annotation file or its loaded content (not modified). ``iscrowd`` defaults to
             0 and ``area`` to the box's. If an annotation id is 0 or not unique, ids are renumbered: pycocotools takes
             a match with annotation 0 for none and confuses equal ones.
-        results_by_type: for ``bbox`` and/or ``segm`` a list of results or the path of a json file with one. An empty
-            list is legal and scores 0 (-1 where there is nothing to find either).
+        results_by_type: for ``bbox``, ``segm`` and/or ``keypoints`` a list of results or the path of a json file with
+            one. An empty list is legal and scores 0 (-1 where there is nothing to find either).
         image_ids: evaluate these images only; results on other images of the data set are then left out.
 
     Returns:
-        CocoResults.
+        Results.
 
     Raises:
         EvaluationError: a file that cannot be read; a result on an unknown image or category, without its box or
             mask, with a number that is not finite, or with a mask whose size is not the image's; a ground truth
             without a shape where ``segm`` is asked for.
     """
-    truth, name = _load_truth(annotations)
+    truth, name = load_truth(annotations)
     known = {image["id"]: image for image in truth["images"]}
     if image_ids is not None and (unknown := [i for i in image_ids if i not in known]):
         raise EvaluationError(f"image_ids: image {unknown[0]!r} is not in {name}")
@@ -139,51 +115,19 @@ def evaluate_coco(
     stats: dict[str, dict[str, float]] = {}
     per_class: dict[str, dict[str, float | None]] = {}
     for kind, source in results_by_type.items():
-        if kind not in IOU_TYPES:
-            raise EvaluationError(f"unknown result type {kind!r}: choose from {', '.join(IOU_TYPES)}")
+        if kind not in STATS:
+            raise EvaluationError(f"unknown result type {kind!r}: choose from {', '.join(STATS)}")
         results = _load_results(kind, source, truth, known, name)
+        sigmas = None
         if kind == "segm":
             _require_shapes(truth, set(chosen), name)
-        evaluation = _quietly(partial(_run_pycocotools, kind, truth, results, chosen))
-        stats[kind] = dict(zip(STATS, (float(value) for value in evaluation.stats), strict=True))
+        elif kind == "keypoints":
+            truth = _with_keypoints(truth, name)
+            sigmas = _sigmas(truth, name)
+        evaluation = _quietly(partial(_run_pycocotools, kind, truth, results, chosen, sigmas))
+        stats[kind] = dict(zip(STATS[kind], (float(value) for value in evaluation.stats), strict=True))
         per_class[kind] = _per_class_ap(evaluation, truth["categories"])
-    return CocoResults(stats, per_class)
-
-
-def check_expected(results: CocoResults, expected: Sequence[Sequence[Any]], sigma_tol: float) -> bool:
-    """Compare with ``TEST.EXPECTED_RESULTS`` and log one PASS or FAIL line each (maskrcnn-benchmark's).
-
-    Args:
-        results: what was found.
-        expected: rows of (task, metric, mean, std) or (task, metric, (mean, std)), such as ("bbox", "AP", 0.38, 0.002).
-        sigma_tol: a value passes within ``sigma_tol`` standard deviations of the mean, exclusive.
-
-    Returns:
-        Whether all pass.
-
-    Raises:
-        EvaluationError: a row of another form, or a task or metric that was not evaluated.
-    """
-    all_pass = True
-    for row in expected:
-        task, metric, *numbers = row
-        if len(numbers) == 1 and isinstance(numbers[0], Sequence):
-            numbers = list(numbers[0])
-        if len(numbers) != 2:
-            raise EvaluationError(f"TEST.EXPECTED_RESULTS: {list(row)!r} is not [task, metric, mean, std]")
-        if metric not in results.stats.get(task, {}):
-            raise EvaluationError(f"TEST.EXPECTED_RESULTS: {task} {metric} was not evaluated")
-        mean, std = float(numbers[0]), float(numbers[1])
-        actual = results.stats[task][metric]
-        low, high = mean - sigma_tol * std, mean + sigma_tol * std
-        passed = low < actual < high
-        all_pass &= passed
-        logger.log(
-            logging.INFO if passed else logging.ERROR,
-            f"{'PASS' if passed else 'FAIL'}: {task} > {metric} sanity check (actual vs. expected): "
-            f"{actual:.3f} vs. mean={mean:.4f}, std={std:.4}, range=({low:.4f}, {high:.4f})",
-        )
-    return all_pass
+    return Results(stats, per_class, {kind: KEYPOINT_METRICS if kind == "keypoints" else METRICS for kind in stats})
 
 
 def _read_json(path: str | Path, what: str) -> Any:
@@ -196,7 +140,7 @@ def _read_json(path: str | Path, what: str) -> Any:
         raise EvaluationError(f"{what} {path}: not json ({error})") from error
 
 
-def _load_truth(annotations: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def load_truth(annotations: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The ground truth with pycocotools' required fields filled in, and a name for messages."""
     name = "the annotations" if isinstance(annotations, Mapping) else str(annotations)
     content = annotations if isinstance(annotations, Mapping) else _read_json(annotations, "annotation file")
@@ -237,7 +181,7 @@ def _load_results(
     if not isinstance(entries, Sequence) or isinstance(entries, str):
         raise EvaluationError(f"{where}: must be a list of results")
     categories = {category["id"] for category in truth["categories"]}
-    field = "bbox" if kind == "bbox" else "segmentation"
+    field = FIELDS[kind]
     results = []
     for number, entry in enumerate(entries):
         at = f"{where}: result {number}"
@@ -255,6 +199,8 @@ def _load_results(
             if len(entry["bbox"]) != 4 or not _finite(entry["bbox"]):
                 raise EvaluationError(f"{at}: bbox {entry['bbox']!r} is not four finite numbers")
             value: Any = list(entry["bbox"])
+        elif kind == "keypoints":
+            value = _checked_keypoints(entry["keypoints"], truth, name, at)
         else:
             value = _checked_rle(entry["segmentation"], images[entry["image_id"]], at)
         results.append(
@@ -266,6 +212,56 @@ def _load_results(
             }
         )
     return results
+
+
+def num_keypoints(truth: Mapping[str, Any]) -> int:
+    """How many keypoints an instance of the ground truth has; 0 without any."""
+    return next((len(a["keypoints"]) // 3 for a in truth["annotations"] if a.get("keypoints")), 0)
+
+
+def _with_keypoints(truth: dict[str, Any], name: str) -> dict[str, Any]:
+    """The ground truth where each annotation has keypoints and their number, as pycocotools needs them.
+
+    An instance without keypoints gets unlabelled ones: pycocotools then ignores it.
+    """
+    count = num_keypoints(truth)
+    if count == 0:
+        raise EvaluationError(f"{name}: no annotation has keypoints")
+    annotations = []
+    for annotation in truth["annotations"]:
+        points = annotation.get("keypoints") or [0] * 3 * count
+        if len(points) != 3 * count:
+            raise EvaluationError(
+                f"{name}: annotation {annotation['id']} has {len(points)} keypoint numbers, others {3 * count}"
+            )
+        labelled = sum(1 for visibility in points[2::3] if visibility > 0)
+        annotations.append({**annotation, "keypoints": points, "num_keypoints": labelled})
+    return {**truth, "annotations": annotations}
+
+
+def _sigmas(truth: Mapping[str, Any], name: str) -> list[float] | None:
+    """The spread of each keypoint: ``keypoint_sigmas`` of a category, else pycocotools' for COCO's 17 (None)."""
+    count = num_keypoints(truth)
+    for category in truth["categories"]:
+        if (sigmas := category.get("keypoint_sigmas")) is not None:
+            if len(sigmas) != count or not _finite(sigmas) or min(sigmas) <= 0:
+                raise EvaluationError(
+                    f"{name}: category {category['id']}: keypoint_sigmas must be {count} positive numbers"
+                )
+            return list(sigmas)
+    if count != 17:
+        raise EvaluationError(
+            f"{name}: the evaluation of {count} keypoints needs 'keypoint_sigmas' in the category, {count} numbers "
+            "(COCO's are known for its 17)"
+        )
+    return None
+
+
+def _checked_keypoints(points: Any, truth: Mapping[str, Any], name: str, at: str) -> list[Any]:
+    count = num_keypoints(truth)
+    if not isinstance(points, Sequence) or len(points) != 3 * count or not _finite(points):
+        raise EvaluationError(f"{at}: keypoints must be {3 * count} finite numbers, as in {name}")
+    return list(points)
 
 
 def _finite(values: Sequence[Any]) -> bool:
@@ -306,7 +302,11 @@ def _quietly(run: Callable[[], COCOeval]) -> COCOeval:
 
 
 def _run_pycocotools(
-    kind: str, truth: dict[str, Any], results: list[dict[str, Any]], image_ids: Sequence[Any]
+    kind: str,
+    truth: dict[str, Any],
+    results: list[dict[str, Any]],
+    image_ids: Sequence[Any],
+    sigmas: Sequence[float] | None = None,
 ) -> COCOeval:
     # pycocotools writes into the annotations (masks become RLE), so that each type gets copies.
     ground_truth = COCO()
@@ -320,6 +320,8 @@ def _run_pycocotools(
         detections.createIndex()
     evaluation = COCOeval(ground_truth, detections, kind)
     evaluation.params.imgIds = list(image_ids)
+    if sigmas is not None:
+        evaluation.params.kpt_oks_sigmas = np.asarray(sigmas, dtype=np.float64)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()

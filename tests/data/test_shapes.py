@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from fastrcnn.data import CocoDataset, DataError, load_dataset
+from fastrcnn.data import Catalog, CocoDataset, DataError
 from fastrcnn.data.shapes import CLASSES, _connected_parts, annotate, generate_image, main, write_dataset
 from fastrcnn.data.shapes_render import polygon_coverage
 
@@ -105,7 +105,7 @@ def test_write(tmp_path: Path) -> None:
         content = json.loads(path.read_text())
         assert content["info"]["num_images"] == count == len(content["images"])
         assert content["info"]["classes"] == list(CLASSES)
-        dataset = load_dataset(names[split], remove_images_without_annotations=True)
+        dataset = Catalog().open(names[split], is_train=True, filter_empty=True)
         assert isinstance(dataset, CocoDataset)
         assert dataset.class_names[1:] == list(CLASSES)
         assert len(dataset) == count

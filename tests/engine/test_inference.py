@@ -22,6 +22,7 @@ from fastrcnn.engine.inference import (
     predict,
     result_folders,
 )
+from fastrcnn.engine.judge import judge_for
 from fastrcnn.engine.signals import Stopped, StopSignals
 from fastrcnn.structures import BoxList, ImageList
 from tests.engine.standin import CPU
@@ -69,8 +70,7 @@ def run(dataset: CocoDataset, folder: Path, **kwargs: Any) -> Any:
         loader(dataset),
         name="val",
         num_images=len(dataset),
-        annotation_file=dataset.annotation_file,
-        label_to_category_id=dataset.label_to_category_id,
+        judge=judge_for(dataset),
         output_dir=folder,
         world=CPU,
         **kwargs,
@@ -137,3 +137,4 @@ def test_a_signal_ends_the_evaluation(dataset: CocoDataset) -> None:
 def test_folders_of_data_sets() -> None:
     names = ["coco_2014_minival", "a/instances_val.json@images", "b/instances_val.json@images", "x/y"]
     assert result_folders(names) == ["coco_2014_minival", "instances_val", "instances_val.2", "x_y"]
+    assert result_folders(["voc:d/VOC2007@val"]) == ["VOC2007_val"]

@@ -16,8 +16,8 @@ import torch
 from pycocotools import mask as coco_mask
 
 from fastrcnn.evaluation import (
-    CocoResults,
     EvaluationError,
+    Results,
     check_expected,
     detections_to_coco,
     encode_mask,
@@ -28,17 +28,14 @@ from fastrcnn.structures import BoxList
 DATA = Path(os.environ.get("FASTRCNN_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 REFERENCE = DATA / "cocoeval-reference"
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+KEYPOINT_STATS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 
 
 def reference_cases() -> list[Any]:
     if not (REFERENCE / "expected.json").exists():
         return [pytest.param("", {}, marks=pytest.mark.skip(reason=f"no reference answers at {REFERENCE}"))]
     cases = json.loads((REFERENCE / "expected.json").read_text())["cases"]
-    return [
-        pytest.param(file, case, id=file.removesuffix("_results.json"))
-        for file, case in cases.items()
-        if case["iouType"] in ("bbox", "segm")
-    ]
+    return [pytest.param(file, case, id=file.removesuffix("_results.json")) for file, case in cases.items()]
 
 
 @pytest.mark.parametrize(("file", "case"), reference_cases())
@@ -49,9 +46,10 @@ def test_evaluate_coco_reference_answers(file: str, case: dict[str, Any]) -> Non
     kind = case["iouType"]
     results = evaluate_coco(truth, {kind: REFERENCE / file})
     assert list(results.stats) == [kind]
-    assert [results.stats[kind][name] for name in STATS] == pytest.approx(case["stats"], abs=1e-6)
+    names = KEYPOINT_STATS if kind == "keypoints" else STATS
+    assert [results.stats[kind][name] for name in names] == pytest.approx(case["stats"], abs=1e-6)
     if isinstance(case["published"], list):
-        assert [results.stats[kind][name] for name in STATS] == pytest.approx(case["published"], abs=1e-6)
+        assert [results.stats[kind][name] for name in names] == pytest.approx(case["published"], abs=1e-6)
     if "per_category_AP" in case:
         assert list(results.per_class[kind]) == list(case["per_category_AP"])
         for name, expected in case["per_category_AP"].items():
@@ -235,9 +233,13 @@ def test_evaluate_coco_classes_of_one_name(truth: dict[str, Any]) -> None:
     assert list(evaluate_coco(truth, perfect(truth)).per_class["bbox"]) == ["cat (3)", "cat (5)", "bird"]
 
 
-def some_results() -> CocoResults:
+def some_results() -> Results:
     values = dict(zip(STATS, [0.368, 0.585, 0.4, 0.21, 0.4, -1.0, *[0.5] * 6], strict=True))
-    return CocoResults({"bbox": values}, {"bbox": {"cat": 0.5, "dog": None, "a long name": 1.0, "bird": 0.123}})
+    return Results(
+        {"bbox": values},
+        {"bbox": {"cat": 0.5, "dog": None, "a long name": 1.0, "bird": 0.123}},
+        {"bbox": ("AP", "AP50", "AP75", "APs", "APm", "APl")},
+    )
 
 
 def test_coco_results_repr() -> None:
