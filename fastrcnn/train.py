@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fastrcnn import build
 from fastrcnn.config import Config, dump_config, load_config
+from fastrcnn.conventions import MASKRCNN_BENCHMARK
 from fastrcnn.data import Catalog, DetectionDataset
 from fastrcnn.data.catalog import BENCHMARK_SOURCES
 from fastrcnn.engine.checkpoint import Checkpointer
@@ -228,6 +229,26 @@ def start_output(this: Run, args: argparse.Namespace, command_line: Sequence[str
     warning = free_space_warning(directory, 2 * weights)
     if warning:
         logger.warning(warning)
+    shared = shared_proposals_warning(cfg, cfg.SOLVER.IMS_PER_BATCH // this.world.size)
+    if shared:
+        logger.warning(shared)
+
+
+def shared_proposals_warning(cfg: Config, images: int) -> str | None:
+    """What to say where maskrcnn-benchmark's rule of one number of proposals for all ``images`` of a process misleads.
+
+    Its 2000 are meant for two images each. With another number of them an image gets more or fewer proposals than the
+    published results had. Whoever sets another number has thought about it.
+    """
+    rpn = cfg.MODEL.RPN
+    by_batch = rpn.USE_FPN and rpn.FPN_POST_NMS_PER_BATCH and not (cfg.MODEL.RPN_ONLY or cfg.MODEL.RETINANET_ON)
+    if not by_batch or images == 2 or rpn.FPN_POST_NMS_TOP_N_TRAIN != MASKRCNN_BENCHMARK.post_nms_top_n_train:
+        return None
+    return (
+        f"MODEL.RPN.FPN_POST_NMS_TOP_N_TRAIN {rpn.FPN_POST_NMS_TOP_N_TRAIN} counts over the {images} image"
+        f"{'s' if images > 1 else ''} of a process together and is meant for two; "
+        f"set it to {1000 * images} (1000 an image), or MODEL.RPN.FPN_POST_NMS_PER_BATCH False to count for each image"
+    )
 
 
 def train_and_test(this: Run, metrics: MetricsFile, stop: StopSignals, *, final_test: bool) -> None:

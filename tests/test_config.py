@@ -109,6 +109,43 @@ def test_shipped_configs_load_and_say_what_they_are(path: Path) -> None:
     assert path.read_text().startswith("# ")
 
 
+STYLES = [
+    # strings of Python tuples, quoted and not, with and without a comma at the end
+    ("INPUT:\n  MIN_SIZE_TRAIN: (800,)\n  MAX_SIZE_TRAIN: 1333\n", {"INPUT.MIN_SIZE_TRAIN": (800,)}),
+    (
+        'DATASETS:\n  TRAIN: ("voc_2007_train", "voc_2007_val")\n',
+        {"DATASETS.TRAIN": ("voc_2007_train", "voc_2007_val")},
+    ),
+    ("SOLVER:\n  STEPS: (60000, 80000)\n", {"SOLVER.STEPS": (60000, 80000)}),
+    ("SOLVER:\n  STEPS: (30000, )\n", {"SOLVER.STEPS": (30000,)}),
+    # lists of YAML, also over lines
+    ("MODEL:\n  RPN:\n    ANCHOR_SIZES: [32, 64]\n    ANCHOR_STRIDE: [16]\n", {"MODEL.RPN.ANCHOR_SIZES": (32, 64)}),
+    ("DATASETS:\n  TEST:\n    - coco_2014_minival\n", {"DATASETS.TEST": ("coco_2014_minival",)}),
+    # numbers of another kind, exponents, spellings of truth
+    ("SOLVER:\n  BASE_LR: 2e-2\n  BIAS_LR_FACTOR: 1\n", {"SOLVER.BASE_LR": 0.02, "SOLVER.BIAS_LR_FACTOR": 1.0}),
+    ("MODEL:\n  MASK_ON: false\n  RPN_ONLY: True\n", {"MODEL.MASK_ON": False, "MODEL.RPN_ONLY": True}),
+    # a section whose keys are commented out, a comment after a value, an empty file
+    ("MODEL:\n  RESNETS:\n#    NUM_GROUPS: 32\nOUTPUT_DIR: runs  # here\n", {"OUTPUT_DIR": "runs"}),
+    ("", {"SOLVER.MAX_ITER": 40000}),
+    # keys that only its own code reads
+    ('PATHS_CATALOG: ""\nAMP_VERBOSE: False\nDTYPE: "float16"\n', {"DTYPE": "float16"}),
+    (
+        "TEST:\n  BBOX_AUG:\n    ENABLED: True\n    SCALES: (400, 500)\n",
+        {"TEST.BBOX_AUG.ENABLED": True, "TEST.BBOX_AUG.SCALES": (400, 500)},
+    ),
+    ('MODEL:\n  FBNET:\n    ARCH: "default"\n    DET_HEAD_BLOCKS: []\n', {"MODEL.FBNET.DET_HEAD_BLOCKS": ()}),
+]
+
+
+@pytest.mark.parametrize(("text", "values"), STYLES)
+def test_styles_in_which_its_files_are_written(text: str, values: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    cfg = load_config(path)
+    for name, value in values.items():
+        assert lookup(cfg, name) == value
+
+
 def test_tuples_in_strings_and_lists(tmp_path: Path) -> None:
     cfg = load_text(
         tmp_path,
