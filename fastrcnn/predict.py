@@ -101,7 +101,9 @@ class Predictor:
         assert found.scores is not None
         order = found.scores.argsort(descending=True, stable=True)
         found = found[order[found.scores[order] >= self.threshold]].resize((width, height))
-        masks = found.masks.float() if isinstance(found.masks, Tensor) else None
+        masks = found.masks if isinstance(found.masks, Tensor) else None
+        if masks is not None and masks.dtype != torch.bool:
+            masks = masks.float()
         return BoxList(found.boxes.float(), found.size, labels=found.labels, scores=found.scores, masks=masks)
 
     def rles(self, found: BoxList) -> list[dict[str, Any]] | None:

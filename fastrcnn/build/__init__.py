@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastrcnn.build.backbone import build_backbone
+from fastrcnn.build.backbone import build_resnet_backbone
 from fastrcnn.build.data import (
     build_catalog,
     build_dataset,
@@ -13,6 +13,7 @@ from fastrcnn.build.data import (
     build_train_loader,
 )
 from fastrcnn.build.family import classes_key, gives_proposals, num_classes
+from fastrcnn.build.fbnet import build_fbnet_backbone
 from fastrcnn.build.heads import build_box_head, build_keypoint_head, build_mask_head
 from fastrcnn.build.rpn import build_retinanet, build_rpn
 from fastrcnn.build.unsupported import refuse_what_is_not_built
@@ -51,7 +52,8 @@ def build_model(cfg: Config) -> GeneralizedRCNN:
 
 
 def _assemble(cfg: Config, convention: Convention) -> GeneralizedRCNN:
-    backbone = build_backbone(cfg, convention)
+    is_fbnet = cfg.MODEL.BACKBONE.CONV_BODY == "FBNet"
+    backbone = (build_fbnet_backbone if is_fbnet else build_resnet_backbone)(cfg, convention)
     if cfg.MODEL.RETINANET_ON:
         retinanet = build_retinanet(cfg, backbone.out_channels, convention)
         return GeneralizedRCNN(backbone, retinanet, channels_last=cfg.MODEL.CHANNELS_LAST)

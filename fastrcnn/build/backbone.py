@@ -1,4 +1,4 @@
-"""Backbones: ResNet bodies with or without a feature pyramid, and the normalisation of each part."""
+"""ResNet bodies with or without a feature pyramid, and the normalisation of each part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def group_norm(cfg: Config) -> NormFactory:
     return group_norm_factory(group_norm.NUM_GROUPS, group_norm.DIM_PER_GP, group_norm.EPSILON)
 
 
-def build_backbone(cfg: Config, convention: Convention) -> Backbone:
+def build_resnet_backbone(cfg: Config, convention: Convention) -> Backbone:
+    """A ResNet, with the pyramid that its name asks for."""
     resnets = cfg.MODEL.RESNETS
     depth, neck = body_name(cfg)
     body = ResNet(

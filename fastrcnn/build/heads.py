@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from fastrcnn.build.backbone import body_name, body_norm, group_norm
-from fastrcnn.config import Config
+from fastrcnn.build.fbnet import build_fbnet_extractor
+from fastrcnn.config import Config, ConfigError
 from fastrcnn.conventions import Convention
 from fastrcnn.models.box_head import (
     BoxHead,
@@ -15,6 +16,7 @@ from fastrcnn.models.box_head import (
     FPNXconv1fcFeatureExtractor,
     ResNetConv5FeatureExtractor,
 )
+from fastrcnn.models.fbnet import FBNetFeatureExtractor
 from fastrcnn.models.keypoint_head import KeypointHead, KeypointRCNNFeatureExtractor, KeypointRCNNPredictor
 from fastrcnn.models.mask_head import (
     MaskHead,
@@ -60,6 +62,8 @@ def build_box_head(cfg: Config, in_channels: int, convention: Convention) -> Box
             dilation=box.DILATION,
             norm=group_norm(cfg) if box.USE_GN else None,
         )
+    elif box.FEATURE_EXTRACTOR == "FBNet.roi_head":
+        extractor = build_fbnet_extractor(cfg, "bbox", in_channels, pooler, convention)
     else:
         extractor = _conv5_extractor(cfg, in_channels, pooler, convention)
     features: int = extractor.out_channels  # type: ignore[assignment]
@@ -95,8 +99,13 @@ def build_mask_head(cfg: Config, in_channels: int, convention: Convention, box: 
                 dilation=mask.DILATION,
                 norm=group_norm(cfg) if mask.USE_GN else None,
             )
+        elif mask.FEATURE_EXTRACTOR == "FBNet.roi_head_mask":
+            extractor = build_fbnet_extractor(cfg, "mask", in_channels, pooler, convention)
         else:
             extractor = _conv5_extractor(cfg, in_channels, pooler, convention)
+    if isinstance(extractor, FBNetFeatureExtractor):
+        factor = 2 if mask.PREDICTOR == "MaskRCNNC4Predictor" else 1
+        _check_fbnet_resolution(cfg, "ROI_MASK_HEAD", factor * extractor.out_resolution)
     features: int = extractor.out_channels  # type: ignore[assignment]
     classes = cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES
     predictor: MaskRCNNC4Predictor | MaskRCNNConv1x1Predictor
@@ -110,6 +119,7 @@ def build_mask_head(cfg: Config, in_channels: int, convention: Convention, box: 
         convention,
         resolution=mask.RESOLUTION,
         positives_only=_positives_only(cfg, mask.POSITIVES_ONLY),
+        paste_threshold=mask.POSTPROCESS_MASKS_THRESHOLD if mask.POSTPROCESS_MASKS else None,
     )
 
 
@@ -120,7 +130,12 @@ def build_keypoint_head(cfg: Config, in_channels: int, convention: Convention, b
         extractor = box.feature_extractor
     else:
         pooler = Pooler(keypoint.POOLER_RESOLUTION, keypoint.POOLER_SCALES, keypoint.POOLER_SAMPLING_RATIO, convention)
-        extractor = KeypointRCNNFeatureExtractor(in_channels, pooler, keypoint.CONV_LAYERS)
+        if keypoint.FEATURE_EXTRACTOR == "FBNet.roi_head_keypoints":
+            extractor = build_fbnet_extractor(cfg, "kpts", in_channels, pooler, convention)
+        else:
+            extractor = KeypointRCNNFeatureExtractor(in_channels, pooler, keypoint.CONV_LAYERS)
+    if isinstance(extractor, FBNetFeatureExtractor):
+        _check_fbnet_resolution(cfg, "ROI_KEYPOINT_HEAD", 4 * extractor.out_resolution)
     features: int = extractor.out_channels  # type: ignore[assignment]
     return KeypointHead(
         extractor,
@@ -130,6 +145,16 @@ def build_keypoint_head(cfg: Config, in_channels: int, convention: Convention, b
         resolution=keypoint.RESOLUTION,
         positives_only=_positives_only(cfg, keypoint.POSITIVES_ONLY),
     )
+
+
+def _check_fbnet_resolution(cfg: Config, head: str, predicted: int) -> None:
+    """The rule of the other extractors is in config.checks; here it depends on the architecture."""
+    given = getattr(cfg.MODEL, head).RESOLUTION
+    if given != predicted:
+        raise ConfigError(
+            f"MODEL.{head}.RESOLUTION is {given}, but with MODEL.FBNET.ARCH {cfg.MODEL.FBNET.ARCH} the head predicts "
+            f"{predicted} x {predicted}; set MODEL.{head}.RESOLUTION {predicted}"
+        )
 
 
 def _positives_only(cfg: Config, value: str | bool) -> bool:

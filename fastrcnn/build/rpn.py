@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+from torch import nn
+
+from fastrcnn.build.fbnet import build_fbnet_rpn_head
 from fastrcnn.config import Config
 from fastrcnn.conventions import Convention
 from fastrcnn.models.anchors import AnchorGenerator
 from fastrcnn.models.retinanet import RetinaNet
-from fastrcnn.models.rpn import RPN
+from fastrcnn.models.rpn import RPN, RPNHead
 
 
 def build_rpn(cfg: Config, in_channels: int, convention: Convention) -> RPN:
     rpn = cfg.MODEL.RPN
     # A pyramid has one size a level, a single level all of them.
     sizes = [(size,) for size in rpn.ANCHOR_SIZES] if rpn.USE_FPN else [tuple(rpn.ANCHOR_SIZES)]
+    anchors = AnchorGenerator(
+        sizes,
+        rpn.ASPECT_RATIOS,
+        rpn.ANCHOR_STRIDE,
+        straddle_thresh=rpn.STRADDLE_THRESH,
+        style=convention.anchor_style,
+        stride_from_image=convention.stride_from_image,
+    )
+    head: nn.Module
+    if rpn.RPN_HEAD == "FBNet.rpn_head":
+        head = build_fbnet_rpn_head(cfg, in_channels, anchors.num_anchors_per_cell, convention)
+    else:
+        head = RPNHead(in_channels, anchors.num_anchors_per_cell)
     return RPN(
-        in_channels,
-        AnchorGenerator(
-            sizes,
-            rpn.ASPECT_RATIOS,
-            rpn.ANCHOR_STRIDE,
-            straddle_thresh=rpn.STRADDLE_THRESH,
-            style=convention.anchor_style,
-            stride_from_image=convention.stride_from_image,
-        ),
+        head,
+        anchors,
         convention,
         fg_iou_threshold=rpn.FG_IOU_THRESHOLD,
         bg_iou_threshold=rpn.BG_IOU_THRESHOLD,

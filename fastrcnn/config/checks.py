@@ -301,7 +301,7 @@ def _keypoint_head(cfg: Config) -> Iterator[Problem]:
         keys = (key, "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION")
     if extractor.startswith("FBNet"):
         return  # the stride of these heads is part of the architecture
-    if extractor == "ResNet50Conv5ROIFeatureExtractor":
+    if extractor == "ResNet50Conv5ROIFeatureExtractor" and model.RESNETS.RES5_DILATION == 1:
         pooled = (pooled + 1) // 2
     predicted = pooled * 4
     if head.RESOLUTION != predicted:

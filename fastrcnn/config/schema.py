@@ -42,7 +42,6 @@ BoxExtractor = Literal[
 ]
 MaskExtractor = Literal["ResNet50Conv5ROIFeatureExtractor", "MaskRCNNFPNFeatureExtractor", "FBNet.roi_head_mask"]
 KeypointExtractor = Literal["KeypointRCNNFeatureExtractor", "FBNet.roi_head_keypoints"]
-FbnetArch = Literal["default", "xirb16d_dsmask", "mobilenet_v2", "cham_v1a", "cham_v2"]
 
 
 def key(default: Any, description: str) -> Any:
@@ -241,23 +240,33 @@ class RetinanetConfig(Section):
 class FbnetConfig(Section):
     """FBNet backbones and heads."""
 
-    ARCH: FbnetArch = key("default", "Name of the architecture")
+    ARCH: Name = key(
+        "default",
+        "Architecture: default, xirb16d_dsmask, mobilenet_v2, cham_v1a, cham_v2, or the name of the one in ARCH_DEF",
+    )
     ARCH_DEF: Str = key("", "Architecture as JSON; empty = the one that ARCH names")
-    BN_TYPE: Name = key("bn", "Normalisation of the backbone")
+    BN_TYPE: Name = key("bn", "Normalisation: bn (trained), gn (group) or af (frozen)")
     SCALE_FACTOR: Positive = key(1.0, "Factor on all widths")
     WIDTH_DIVISOR: PositiveInt = key(1, "Widths are multiples of this")
     DW_CONV_SKIP_BN: Bool = key(True, "No normalisation after depthwise convolutions")
     DW_CONV_SKIP_RELU: Bool = key(True, "No ReLU after depthwise convolutions")
-    DET_HEAD_LAST_SCALE: Float = key(1.0, "Box head: factor on the last width; 0 or less leaves the layer out")
-    DET_HEAD_BLOCKS: Blocks = key((), "Box head: blocks; empty = those of the architecture")
+    DET_HEAD_LAST_SCALE: Float = key(
+        1.0, "Box head: factor on the width of the last layer, or, below 0, on the width before it; 0 leaves it out"
+    )
+    DET_HEAD_BLOCKS: Blocks = key((), "Box head: indices, in their stage, of the blocks to use; empty = all")
     DET_HEAD_STRIDE: Count = key(0, "Box head: stride of the first block; 0 = that of the architecture")
-    KPTS_HEAD_LAST_SCALE: Float = key(0.0, "Keypoint head: factor on the last width; 0 leaves the layer out")
-    KPTS_HEAD_BLOCKS: Blocks = key((), "Keypoint head: blocks; empty = those of the architecture")
+    KPTS_HEAD_LAST_SCALE: Float = key(
+        0.0,
+        "Keypoint head: factor on the width of the last layer, or, below 0, on the width before it; 0 leaves it out",
+    )
+    KPTS_HEAD_BLOCKS: Blocks = key((), "Keypoint head: indices, in their stage, of the blocks to use; empty = all")
     KPTS_HEAD_STRIDE: Count = key(0, "Keypoint head: stride of the first block; 0 = that of the architecture")
-    MASK_HEAD_LAST_SCALE: Float = key(0.0, "Mask head: factor on the last width; 0 leaves the layer out")
-    MASK_HEAD_BLOCKS: Blocks = key((), "Mask head: blocks; empty = those of the architecture")
+    MASK_HEAD_LAST_SCALE: Float = key(
+        0.0, "Mask head: factor on the width of the last layer, or, below 0, on the width before it; 0 leaves it out"
+    )
+    MASK_HEAD_BLOCKS: Blocks = key((), "Mask head: indices, in their stage, of the blocks to use; empty = all")
     MASK_HEAD_STRIDE: Count = key(0, "Mask head: stride of the first block; 0 = that of the architecture")
-    RPN_HEAD_BLOCKS: Count = key(0, "RPN head: number of blocks; 0 = that of the architecture")
+    RPN_HEAD_BLOCKS: Count = key(0, "RPN head: how many of the last blocks to use; 0 = all")
     RPN_BN_TYPE: Str = key("", "RPN head: normalisation; empty = BN_TYPE")
 
 

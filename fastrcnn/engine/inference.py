@@ -80,7 +80,7 @@ def in_original_image(found: BoxList, image_id: int, index: int, size: tuple[int
     resized = found.resize((width, height)).convert("xyxy")
     masks = None
     if isinstance(resized.masks, Tensor):
-        masks = masks_to_rle(resized.masks.float(), resized.boxes.float(), (height, width))
+        masks = masks_to_rle(resized.masks, resized.boxes.float(), (height, width))
     plain = replace(resized, boxes=resized.boxes.float(), masks=None)
     return Prediction(index, image_id, plain, masks)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
@@ -22,7 +23,8 @@ def masks_to_rle(
     that memory is the result's, however many detections there are.
 
     Args:
-        mask_probs: float [n, 1, M, M] or [n, M, M] in [0, 1], in the frame of the box.
+        mask_probs: float [n, 1, M, M] or [n, M, M] in [0, 1], in the frame of the box. Or bool: bitmaps of the image in
+            some size, which are resized (nearest pixel) and encoded; boxes, threshold and padding then do not count.
         boxes: float [n, 4], (x1, y1, x2, y2) in pixels of the image; they may stick out of it.
         image_size: (height, width) of the image.
         threshold: a pixel belongs to the mask where the pasted probability is above it.
@@ -32,8 +34,17 @@ def masks_to_rle(
         ``[{"size": [height, width], "counts": str}]``, ready for json.
     """
     mask_probs = mask_probs.detach().reshape(len(boxes), *mask_probs.shape[-2:])
-    encoded = paste_masks_rle(mask_probs, boxes.detach(), image_size, threshold=threshold, padding=padding)
+    if mask_probs.dtype == torch.bool:
+        return [encode_mask(_resize_bitmap(mask, image_size)) for mask in mask_probs]
+    encoded = paste_masks_rle(mask_probs.float(), boxes.detach(), image_size, threshold=threshold, padding=padding)
     return [{"size": rle["size"], "counts": rle["counts"].decode("ascii")} for rle in encoded]
+
+
+def _resize_bitmap(mask: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """[H, W] to ``image_size``, one at a time: all in one tensor would fill the memory."""
+    if tuple(mask.shape) == tuple(image_size):
+        return mask
+    return F.interpolate(mask[None, None].to(torch.uint8), size=image_size, mode="nearest-exact")[0, 0]
 
 
 def encode_mask(mask: Tensor | np.ndarray) -> dict[str, Any]:

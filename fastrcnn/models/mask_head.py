@@ -127,6 +127,8 @@ class MaskHead(nn.Module):
         positives_only: run on the real positives, whose number is read from the device. Right on a CPU, where reading
             costs nothing and the padded slots would cost most of the head. False keeps every shape static: the head
             runs on the most positives the sample can hold, and the losses are the same.
+        paste_threshold: detections have bitmaps in the image where the probability is above it
+            (``MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS``); None: probabilities in the box's frame.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class MaskHead(nn.Module):
         *,
         resolution: int,
         positives_only: bool,
+        paste_threshold: float | None = None,
     ) -> None:
         super().__init__()
         self.convention = convention
@@ -144,6 +147,7 @@ class MaskHead(nn.Module):
         self.predictor = predictor
         self.resolution = resolution
         self.positives_only = positives_only
+        self.paste_threshold = paste_threshold
 
     def forward_train(
         self,
@@ -180,7 +184,10 @@ class MaskHead(nn.Module):
         return {"loss_mask": self.predictor.loss(x, labels, mask_targets, normaliser)}
 
     def forward_test(self, features: Sequence[Tensor], detections: Sequence[BoxList]) -> list[BoxList]:
-        """The detections with ``masks``: probabilities [n, 1, M, M] of the predicted class, in the box's frame."""
+        """The detections with ``masks`` of the predicted class.
+
+        Probabilities [n, 1, M, M] in the box's frame or, with ``paste_threshold``, bool bitmaps [n, 1, height, width].
+        """
         counts = [len(detection) for detection in detections]
         boxes = torch.cat([detection.boxes for detection in detections])
         image = torch.repeat_interleave(
@@ -190,6 +197,19 @@ class MaskHead(nn.Module):
         x = self.feature_extractor(features, torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1))
         probabilities = self.predictor.class_logits(x, labels).sigmoid()[:, None]
         return [
-            replace(detection, masks=masks)
+            replace(detection, masks=self._paste(masks, detection))
             for detection, masks in zip(detections, probabilities.split(counts), strict=True)
         ]
+
+    def _paste(self, masks: Tensor, detection: BoxList) -> Tensor:
+        if self.paste_threshold is None:
+            return masks
+        width, height = detection.size
+        pasted = kernels.paste_masks(
+            masks[:, 0],
+            detection.boxes,
+            (height, width),
+            threshold=self.paste_threshold,
+            convention=self.convention.mask_paste,
+        )
+        return pasted[:, None].bool()

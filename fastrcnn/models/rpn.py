@@ -52,6 +52,8 @@ class RPNHead(nn.Module):
 class RPN(nn.Module):
     """Head, anchors, losses and proposals.
 
+    ``head`` gives, for feature levels, lists of objectness logits and of deltas: :class:`RPNHead`, or another.
+
     Args (``MODEL.RPN.*``; each pair is training, test):
         fg_iou_threshold, bg_iou_threshold: an anchor at or above the first is positive, below the second negative.
         batch_size_per_image, positive_fraction: the balanced sample of anchors that carries the loss.
@@ -60,12 +62,13 @@ class RPN(nn.Module):
             maskrcnn-benchmark's rule (and makes the number an image gets depend on its neighbours), else an image.
         nms_thresh, min_size: of NMS; the shortest side of a proposal.
         sparse_backward: take the gradient of the losses through the head at the sampled positions alone. Exact, and
-            its backward takes a tenth of the time of the dense one, which False chooses.
+            its backward takes a tenth of the time of the dense one, which False chooses. :class:`RPNHead` alone
+            has it.
     """
 
     def __init__(
         self,
-        in_channels: int,
+        head: nn.Module,
         anchor_generator: AnchorGenerator,
         convention: Convention,
         *,
@@ -83,7 +86,7 @@ class RPN(nn.Module):
     ) -> None:
         super().__init__()
         self.anchor_generator = anchor_generator
-        self.head = RPNHead(in_channels, anchor_generator.num_anchors_per_cell)
+        self.head = head
         self.convention = convention
         self.fg_iou_threshold, self.bg_iou_threshold = fg_iou_threshold, bg_iou_threshold
         self.batch_size_per_image, self.positive_fraction = batch_size_per_image, positive_fraction
@@ -93,7 +96,7 @@ class RPN(nn.Module):
         # sides are compared in float32: from the next number on is the same as above
         wider = torch.nextafter(torch.tensor(float(min_size)), torch.tensor(torch.inf)).item()
         self.smallest_side = min_size if convention.min_size_inclusive else wider
-        self.sparse_backward = sparse_backward
+        self.sparse_backward = sparse_backward and isinstance(head, RPNHead)
 
     def forward(
         self,
@@ -163,6 +166,7 @@ class RPN(nn.Module):
             wanted = self.batch_size_per_image * len(images.image_sizes)
             rules["normaliser"] = torch.full((), wanted, dtype=torch.int64, device=matched.device)
         if self.sparse_backward:
+            assert isinstance(self.head, RPNHead)
             arguments = (features, *self.head.weights, *arguments)
             objectness_loss, box_loss = kernels.rpn_head_loss(*arguments, **rules)
         else:

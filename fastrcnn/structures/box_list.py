@@ -27,7 +27,8 @@ class BoxList:
         labels: int64 [n], 0 is the background.
         scores: float [n].
         objectness: float [n].
-        masks: ground truth: a SegmentationMask; detections: mask probabilities, float [n, 1, M, M], in the box's frame.
+        masks: ground truth: a SegmentationMask; detections: mask probabilities, float [n, 1, M, M], in the box's frame,
+            or bitmaps of the image that the detector saw, bool [n, 1, height, width].
         keypoints: Keypoints, of ground truth and of detections.
     """
 

@@ -104,7 +104,7 @@ def trained(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-PENDING = ("fbnet", "test_time_aug")  # not built yet
+PENDING = ("test_time_aug",)  # not built yet
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastrcnn.build import build_model
-from fastrcnn.build.backbone import build_backbone
+from fastrcnn.build.backbone import build_resnet_backbone
 from fastrcnn.config import load_config
 from fastrcnn.conventions import MASKRCNN_BENCHMARK
 from tests.models import expected_keys as keys
@@ -103,7 +103,7 @@ def test_state_dict_is_that_of_maskrcnn_benchmark(config_file, overrides, expect
     ids=["R-50", "R-101", "R-152", "X-101-32x8d"],
 )
 def test_bodies_have_the_published_number_of_parameters(overrides, published):
-    body = build_backbone(load_config(FPN_CONFIG, overrides), MASKRCNN_BENCHMARK).body
+    body = build_resnet_backbone(load_config(FPN_CONFIG, overrides), MASKRCNN_BENCHMARK).body
     state = body.state_dict()
     learned = sum(value.numel() for name, value in state.items() if "running" not in name)  # frozen norms: buffers
     assert learned == published - (2048 * 1000 + 1000)
