@@ -67,11 +67,6 @@ class Convention:
         resize_rounding: the size of a resized image. ``maskrcnn_benchmark``: the short side rounded, the long one
             truncated; ``nearest``: one scale, both rounded to the nearest; ``truncate``: one scale, both truncated.
 
-    Checkpoints of the system; the model itself keeps the layout of maskrcnn-benchmark:
-        background: whether the class scores have the background ``first`` or ``last``.
-        background_boxes: whether the box deltas have four columns for the background.
-        agnostic_columns: columns of class-agnostic box deltas; the last four are used.
-
     Keys, see :data:`KEYS`:
         pixel_mean, pixel_std, to_bgr255: of the input.
         stride_in_1x1: which convolution of a bottleneck halves the map.
@@ -118,10 +113,6 @@ class Convention:
     keypoint_score: Literal["logit", "probability"]
     # images
     resize_rounding: Literal["maskrcnn_benchmark", "nearest", "truncate"]
-    # checkpoints
-    background: Literal["first", "last"]
-    background_boxes: bool
-    agnostic_columns: int
     # keys
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
@@ -174,9 +165,6 @@ MASKRCNN_BENCHMARK = Convention(
     mask_paste="maskrcnn_benchmark",
     keypoint_score="logit",
     resize_rounding="maskrcnn_benchmark",
-    background="first",
-    background_boxes=True,
-    agnostic_columns=8,
     pixel_mean=(102.9801, 115.9465, 122.7717),
     pixel_std=(1.0, 1.0, 1.0),
     to_bgr255=True,
@@ -228,9 +216,6 @@ DETECTRON2 = Convention(
     mask_paste="detectron2",
     keypoint_score="probability",
     resize_rounding="nearest",
-    background="last",
-    background_boxes=False,
-    agnostic_columns=4,
     pixel_mean=(103.53, 116.28, 123.675),
     pixel_std=(1.0, 1.0, 1.0),
     to_bgr255=True,
@@ -282,9 +267,6 @@ TORCHVISION = Convention(
     mask_paste="torchvision",
     keypoint_score="logit",
     resize_rounding="truncate",
-    background="first",
-    background_boxes=True,
-    agnostic_columns=8,
     pixel_mean=(0.485, 0.456, 0.406),
     pixel_std=(0.229, 0.224, 0.225),
     to_bgr255=False,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fastrcnn.build import build_catalog, build_model, gives_proposals, load_model_weights, num_classes
 from fastrcnn.config import Config, load_config
+from fastrcnn.conventions import CONVENTIONS
 from fastrcnn.data.collate import Normalization
 from fastrcnn.data.dataset import DataError
 from fastrcnn.data.image import read_image
@@ -71,6 +72,7 @@ class Predictor:
         self.class_names = class_names
         self.threshold = threshold
         self.min_size, self.max_size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        self.rounding = CONVENTIONS[cfg.MODEL.CONVENTION].resize_rounding
         self.normalization = Normalization(
             cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD, cfg.INPUT.TO_BGR255, cfg.DATALOADER.SIZE_DIVISIBILITY
         )
@@ -91,7 +93,7 @@ class Predictor:
         """
         pixels = _to_tensor(image)
         height, width = pixels.shape[:2]
-        size = get_size(height, width, self.min_size, self.max_size)
+        size = get_size(height, width, self.min_size, self.max_size, self.rounding)
         if size != (height, width):
             pixels = resize_image(pixels, size)
         with autocast(self.device, self.dtype):
@@ -104,7 +106,7 @@ class Predictor:
         masks = found.masks if isinstance(found.masks, Tensor) else None
         if masks is not None and masks.dtype != torch.bool:
             masks = masks.float()
-        return BoxList(found.boxes.float(), found.size, labels=found.labels, scores=found.scores, masks=masks)
+        return replace(found, boxes=found.boxes.float(), objectness=None, masks=masks)
 
     def rles(self, found: BoxList) -> list[dict[str, Any]] | None:
         """The masks of ``found`` in its image as COCO RLE; None without masks."""

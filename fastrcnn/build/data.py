@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fastrcnn.config import Config
+from fastrcnn.conventions import CONVENTIONS
 from fastrcnn.data.catalog import Catalog
 from fastrcnn.data.collate import Batch, Normalization, TestBatch
 from fastrcnn.data.dataset import DetectionDataset
@@ -49,7 +50,7 @@ def build_train_loader(
     cfg: Config, dataset: DetectionDataset, start_step: int = 0, rank: int = 0, world_size: int = 1
 ) -> Loader[Batch]:
     """The batches of the steps ``start_step`` to ``SOLVER.MAX_ITER - 1``, this rank's share of each."""
-    image = cfg.INPUT
+    image, convention = cfg.INPUT, CONVENTIONS[cfg.MODEL.CONVENTION]
     return make_train_loader(
         dataset,
         ims_per_batch=cfg.SOLVER.IMS_PER_BATCH,
@@ -64,6 +65,8 @@ def build_train_loader(
             contrast=image.CONTRAST,
             saturation=image.SATURATION,
             hue=image.HUE,
+            rounding=convention.resize_rounding,
+            box_offset=convention.box_offset,
         ),
         normalization=_normalization(cfg),
         seed=cfg.SOLVER.SEED,
@@ -76,7 +79,8 @@ def build_train_loader(
 
 
 def build_test_transform(cfg: Config) -> TestTransform:
-    return TestTransform(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    rounding = CONVENTIONS[cfg.MODEL.CONVENTION].resize_rounding
+    return TestTransform(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, rounding)
 
 
 def build_test_loader(cfg: Config, dataset: DetectionDataset, rank: int = 0, world_size: int = 1) -> Loader[TestBatch]:

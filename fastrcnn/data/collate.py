@@ -97,6 +97,7 @@ class PackedTargets:
     has_masks: bool
     keypoints: Tensor | None = None
     skeleton: Skeleton | None = None
+    offset: int = 1
 
     @classmethod
     def pack(cls, targets: Sequence[BoxList]) -> PackedTargets:
@@ -116,6 +117,7 @@ class PackedTargets:
             has_masks=all(isinstance(t.masks, SegmentationMask) for t in targets),
             keypoints=torch.cat([k.points for k in keypoints]) if has_keypoints else None,
             skeleton=keypoints[0].skeleton if has_keypoints else None,
+            offset=targets[0].offset,
         )
 
     def unpack(self) -> list[BoxList]:
@@ -135,7 +137,9 @@ class PackedTargets:
                 instance += count
                 masks = SegmentationMask(shapes, size)
             keypoints = None if points is None else Keypoints(points[i], size, self.skeleton)
-            targets.append(BoxList(boxes[i], size, labels=labels[i], masks=masks, keypoints=keypoints))
+            targets.append(
+                BoxList(boxes[i], size, labels=labels[i], masks=masks, keypoints=keypoints, offset=self.offset)
+            )
         return targets
 
 

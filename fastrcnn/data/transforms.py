@@ -27,15 +27,30 @@ def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key))
 
 
-def get_size(height: int, width: int, min_size: int, max_size: int | None = None) -> tuple[int, int]:
-    """The size to which maskrcnn-benchmark resizes an image: shortest edge ``min_size``, longest at most ``max_size``.
+def get_size(
+    height: int, width: int, min_size: int, max_size: int | None = None, rounding: str = "maskrcnn_benchmark"
+) -> tuple[int, int]:
+    """The size to which an image is resized: shortest edge ``min_size``, longest at most ``max_size``.
 
-    Its rounding is kept: where ``max_size`` decides, the short edge is rounded; the long edge is always truncated, so
-    that it may end up a pixel under ``max_size`` or, after rounding the short edge up, over it.
+    Args:
+        rounding: ``maskrcnn_benchmark``: where ``max_size`` decides, the short edge is rounded; the long edge is always
+            truncated, so that it may end up a pixel under ``max_size`` or, after rounding the short edge up, over it.
+            ``nearest`` (detectron2) rounds both edges times one scale to the nearest, ``truncate`` (torchvision) down.
 
     Returns:
         (height, width) of the resized image; both at least 1.
     """
+    if rounding == "nearest":
+        scale = min_size / min(height, width)
+        sides = (min_size, scale * width) if height < width else (scale * height, min_size)
+        if max_size is not None and max(sides) > max_size:
+            scale = max_size / max(sides)
+            sides = (sides[0] * scale, sides[1] * scale)
+        return max(1, int(sides[0] + 0.5)), max(1, int(sides[1] + 0.5))
+    if rounding == "truncate":
+        scale = min_size / min(height, width)
+        scale = scale if max_size is None else min(scale, max_size / max(height, width))
+        return max(1, int(height * scale)), max(1, int(width * scale))
     size = min_size
     if max_size is not None:
         shortest, longest = float(min(height, width)), float(max(height, width))
@@ -112,6 +127,8 @@ class TrainTransform:
         max_size: bound of the longest edge, or None.
         horizontal_flip_prob, vertical_flip_prob: probability of each flip.
         brightness, contrast, saturation, hue: see :func:`color_jitter`.
+        rounding: see :func:`get_size`.
+        box_offset: the reading of boxes (``BoxList.offset``) that the model wants.
     """
 
     min_sizes: Sequence[int] = (800,)
@@ -122,6 +139,8 @@ class TrainTransform:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
+    rounding: str = "maskrcnn_benchmark"
+    box_offset: int = 1
 
     def __post_init__(self) -> None:
         if not self.min_sizes or min(self.min_sizes) < 1:
@@ -130,6 +149,8 @@ class TrainTransform:
             raise ValueError(f"TrainTransform: hue must be at most 0.5, got {self.hue}")
 
     def __call__(self, sample: Sample, generator: np.random.Generator) -> Sample:
+        if sample.target.offset != self.box_offset:
+            sample = replace(sample, target=sample.target.with_offset(self.box_offset))
         sample = color_jitter(
             sample,
             generator,
@@ -142,7 +163,7 @@ class TrainTransform:
         choice, horizontal, vertical = generator.random(3)
         min_size = self.min_sizes[int(choice * len(self.min_sizes))]
         height, width = sample.image.shape[:2]
-        sample = resize(sample, get_size(height, width, min_size, self.max_size))
+        sample = resize(sample, get_size(height, width, min_size, self.max_size, self.rounding))
         if horizontal < self.horizontal_flip_prob:
             sample = flip_left_right(sample)
         if vertical < self.vertical_flip_prob:
@@ -156,12 +177,13 @@ class TestTransform:
 
     min_size: int = 800
     max_size: int | None = 1333
+    rounding: str = "maskrcnn_benchmark"
 
     __test__ = False  # pytest would take the class for tests
 
     def __call__(self, sample: Sample, generator: np.random.Generator | None = None) -> Sample:
         height, width = sample.image.shape[:2]
-        return resize(sample, get_size(height, width, self.min_size, self.max_size))
+        return resize(sample, get_size(height, width, self.min_size, self.max_size, self.rounding))
 
 
 def _uniform(generator: np.random.Generator, low: float, high: float) -> float:

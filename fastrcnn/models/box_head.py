@@ -277,4 +277,4 @@ class BoxHead(nn.Module):
         if convention.drop_empty_detections:
             real = (found[:, 2:] > found[:, :2]).all(dim=1)
             found, scores, labels = found[real], scores[real], labels[real]
-        return BoxList(found, (width, height), labels=labels, scores=scores)
+        return BoxList(found, (width, height), labels=labels, scores=scores, offset=convention.box_offset)

@@ -122,7 +122,7 @@ class GeneralizedRCNN(nn.Module):
             return self.rpn.detect(images, features)
         proposals, _ = self.rpn(images, features)
         if "box" not in self.roi_heads:
-            return proposals.to_boxlists(images.image_sizes)
+            return proposals.to_boxlists(images.image_sizes, self.rpn.convention.box_offset)
         box: BoxHead = self.roi_heads["box"]  # type: ignore[assignment]
         detections = box.forward_test(features, proposals, images)
         if "mask" in self.roi_heads:

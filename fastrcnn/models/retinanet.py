@@ -221,7 +221,7 @@ class RetinaNet(nn.Module):
         if not clips_first:
             boxes = kernels.clip_boxes_to_image(boxes, size, box_offset=offset)
             real &= (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        return BoxList(boxes[real], (size[1], size[0]), labels=labels[real], scores=scores[real])
+        return BoxList(boxes[real], (size[1], size[0]), labels=labels[real], scores=scores[real], offset=offset)
 
     def _number_to_keep(self, scores: Tensor) -> int:
         """How many of ``scores``, best first: those tied with the last one too (maskrcnn-benchmark's rule)."""

@@ -21,9 +21,11 @@ class BoxList:
     """The boxes of one image and what belongs to each of them.
 
     Attributes:
-        boxes: float [n, 4]: (x1, y1, x2, y2) of inclusive pixels, or (x, y, width, height) in mode ``xywh``.
+        boxes: float [n, 4]: (x1, y1, x2, y2), or (x, y, width, height) in mode ``xywh``.
         size: (width, height) of the image.
         mode: ``xyxy`` or ``xywh``.
+        offset: 1 where x2 and y2 are the last pixels inside (maskrcnn-benchmark), so that a box is x2 - x1 + 1 wide; 0
+            where they are its far edges (torchvision, detectron2).
         labels: int64 [n], 0 is the background.
         scores: float [n].
         objectness: float [n].
@@ -40,6 +42,7 @@ class BoxList:
     objectness: Tensor | None = None
     masks: SegmentationMask | Tensor | None = None
     keypoints: Keypoints | None = None
+    offset: int = 1
 
     def __post_init__(self) -> None:
         boxes = torch.as_tensor(self.boxes)
@@ -63,15 +66,20 @@ class BoxList:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def convert(self, mode: Mode) -> BoxList:
-        """To ``xyxy`` or ``xywh``; widths and heights count both end pixels."""
+        """To ``xyxy`` or ``xywh``; with ``offset`` 1 widths and heights count both end pixels."""
         if mode == self.mode:
             return self
         first, second = self.boxes[:, :2], self.boxes[:, 2:]
         if mode == "xywh":
-            second = second - first + 1
+            second = second - first + self.offset
         else:
-            second = first + (second - 1).clamp(min=0)
+            second = first + (second - self.offset).clamp(min=0)
         return replace(self, boxes=torch.cat([first, second], dim=1), mode=mode)
+
+    def with_offset(self, offset: int) -> BoxList:
+        """The same boxes with far sides in the other reading."""
+        boxes = self.convert("xywh").boxes
+        return replace(self, boxes=boxes, mode="xywh", offset=offset).convert(self.mode)
 
     def resize(self, size: Size) -> BoxList:
         """Scale to an image of ``size`` (width, height): corners are scaled plainly, as in maskrcnn-benchmark."""
@@ -85,23 +93,24 @@ class BoxList:
         return replace(self, **changed)
 
     def transpose(self, method: int) -> BoxList:
-        """Flip. maskrcnn-benchmark's rule: x' = width - x - 1, but y' = height - y (its inconsistency, kept)."""
+        """Flip: x' = width - x - offset, but y' = height - y (maskrcnn-benchmark's inconsistency, kept)."""
         boxes = self.convert("xyxy").boxes
         x1, y1, x2, y2 = boxes.unbind(1)
         width, height = self.size
         changed: dict[str, Any] = {}
         if method == FLIP_LEFT_RIGHT:
-            flipped = torch.stack([width - x2 - 1, y1, width - x1 - 1, y2], dim=1)
+            far = width - self.offset
+            flipped = torch.stack([far - x2, y1, far - x1, y2], dim=1)
         elif method == FLIP_TOP_BOTTOM:
             flipped = torch.stack([x1, height - y2, x2, height - y1], dim=1)
         else:
             raise ValueError(f"BoxList.transpose: method must be 0 (left-right) or 1 (top-bottom), got {method!r}")
         if isinstance(self.masks, SegmentationMask):
-            changed["masks"] = self.masks.transpose(method)
+            changed["masks"] = self.masks.transpose(method, self.offset)
         elif self.masks is not None:
             changed["masks"] = self.masks.flip(-1 if method == FLIP_LEFT_RIGHT else -2)
         if self.keypoints is not None:
-            changed["keypoints"] = self.keypoints.transpose(method)
+            changed["keypoints"] = self.keypoints.transpose(method, self.offset)
         return replace(self, boxes=flipped, mode="xyxy", **changed).convert(self.mode)
 
     def crop(self, box: Sequence[float]) -> BoxList:
@@ -119,9 +128,9 @@ class BoxList:
         return replace(self, boxes=moved, size=(int(width), int(height)), mode="xyxy", **changed).convert(self.mode)
 
     def clip_to_image(self, remove_empty: bool = True) -> BoxList:
-        """Clamp to [0, width - 1] x [0, height - 1]; ``remove_empty`` drops what is left without an extent."""
+        """Clamp to [0, width - offset] x [0, height - offset]; ``remove_empty`` drops what has no extent left."""
         boxes = self.convert("xyxy").boxes
-        limit = boxes.new_tensor([self.size[0] - 1, self.size[1] - 1] * 2)
+        limit = boxes.new_tensor([self.size[0] - self.offset, self.size[1] - self.offset] * 2)
         boxes = torch.minimum(boxes.clamp(min=0), limit)
         clipped = replace(self, boxes=boxes, mode="xyxy")
         if remove_empty:

@@ -102,8 +102,8 @@ class Keypoints:
         ratios = (size[0] / self.size[0], size[1] / self.size[1])
         return replace(self, points=self.points * self.points.new_tensor([*ratios, 1.0]), size=size)
 
-    def transpose(self, method: int) -> Keypoints:
-        """Flip: x' = width - x - 1, or y' = height - y - 1; left and right of the skeleton change places.
+    def transpose(self, method: int, offset: int = 1) -> Keypoints:
+        """Flip: x' = width - x - offset, or y' = height - y - offset; left and right of the skeleton change places.
 
         A mirror of either kind turns a left hand into a right one. Unlabelled keypoints become (0, 0, 0), as in
         maskrcnn-benchmark, which only flips left and right.
@@ -118,7 +118,7 @@ class Keypoints:
         axis = 0 if method == FLIP_LEFT_RIGHT else 1
         other_side = self.skeleton.flip_indices
         points = self.points[:, other_side].clone()
-        points[..., axis] = self.size[axis] - points[..., axis] - 1
+        points[..., axis] = self.size[axis] - points[..., axis] - offset
         points = torch.where(points[..., 2:] == 0, 0, points)
         return replace(self, points=points, scores=None if self.scores is None else self.scores[:, other_side])
 

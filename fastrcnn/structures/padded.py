@@ -135,10 +135,13 @@ class Proposals:
         """bool [N, P]: which entries are real."""
         return torch.arange(self.boxes.shape[1], device=self.boxes.device) < self.count[:, None]
 
-    def to_boxlists(self, image_sizes: Sequence[Size]) -> list[BoxList]:
-        """One BoxList an image with its ``objectness``; reads the counts, so it waits for the device."""
+    def to_boxlists(self, image_sizes: Sequence[Size], offset: int = 1) -> list[BoxList]:
+        """One BoxList an image with its ``objectness``; reads the counts, so it waits for the device.
+
+        ``offset``: see :class:`BoxList`.
+        """
         return [
-            BoxList(boxes[:n], (width, height), objectness=scores[:n])
+            BoxList(boxes[:n], (width, height), objectness=scores[:n], offset=offset)
             for boxes, scores, n, (height, width) in zip(
                 self.boxes, self.scores, self.count.tolist(), image_sizes, strict=True
             )

@@ -62,13 +62,13 @@ class SegmentationMask:
         scale = torch.tensor([size[0] / self.size[0], size[1] / self.size[1]], dtype=torch.float32)
         return self._map(lambda p: p * scale, size)
 
-    def transpose(self, method: int) -> SegmentationMask:
-        """Flip; maskrcnn-benchmark's rule: x' = width - x - 1, y' = height - y - 1."""
+    def transpose(self, method: int, offset: int = 1) -> SegmentationMask:
+        """Flip: x' = width - x - offset, or y' = height - y - offset; 1 is maskrcnn-benchmark's."""
         axis = {FLIP_LEFT_RIGHT: 0, FLIP_TOP_BOTTOM: 1}[method]
 
         def flip(polygon: Tensor) -> Tensor:
             polygon = polygon.clone()
-            polygon[:, axis] = self.size[axis] - polygon[:, axis] - 1
+            polygon[:, axis] = self.size[axis] - polygon[:, axis] - offset
             return polygon
 
         return self._map(flip, self.size)

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from fastrcnn.build import build_test_transform
 from fastrcnn.config import ConfigWarning, load_config, with_overrides
 from fastrcnn.config.describe import leaves
 from fastrcnn.conventions import CONVENTIONS, KEYS, MASKRCNN_BENCHMARK, TORCHVISION, Convention
-from fastrcnn.structures import ImageList
+from fastrcnn.data.collate import PackedTargets
+from fastrcnn.data.dataset import Sample
+from fastrcnn.data.transforms import TrainTransform, get_size
+from fastrcnn.structures import BoxList, ImageList, SegmentationMask
 from fastrcnn_kernels import decode_boxes
 from tests.config_helpers import lookup
 from tests.models.inputs import CONFIGS, random_batch, small_model
@@ -27,9 +32,9 @@ CHOICES: list[tuple[str, Any]] = [
     ("box_beta", 0.0),
     ("mask_target", "roi_align"),
     ("canonical_size", 30.0),
-    ("canonical_level", 5),
+    ("canonical_level", 7),
     ("level_eps", 1.0),
-    ("level_eps_outside", 1.0),
+    ("level_eps_outside", 3.0),
     ("roi_align_aligned", True),
     ("detection_min_size", 60.0),
 ]
@@ -141,6 +146,60 @@ def test_another_convention_later_brings_its_defaults():
     assert changed.MODEL.RPN.MIN_SIZE == 7
     assert changed.MODEL.RPN.FPN_POST_NMS_TOP_N_TEST == 1000
     assert with_overrides(changed, ["MODEL.CONVENTION", "maskrcnn_benchmark"]).INPUT.PIXEL_STD == (1.0, 1.0, 1.0)
+
+
+def test_boxes_of_edges():
+    """A box of columns 2 to 5 of an image 10 wide: its last pixel is 5, its far edge 6."""
+    masks = SegmentationMask([[torch.tensor([[2.0, 0], [6, 0], [6, 3]])]], (10, 8))
+    pixels = BoxList(torch.tensor([[2.0, 0, 5, 2]]), (10, 8), masks=masks)
+    edges = pixels.with_offset(0)
+    assert edges.boxes.tolist() == [[2, 0, 6, 3]]
+    assert edges.convert("xywh").boxes.tolist() == pixels.convert("xywh").boxes.tolist() == [[2, 0, 4, 3]]
+    assert edges.convert("xywh").convert("xyxy").boxes.tolist() == [[2, 0, 6, 3]]
+    assert edges.area().tolist() == [12]
+    flipped = edges.transpose(0)
+    assert flipped.boxes.tolist() == [[4, 0, 8, 3]]
+    assert flipped.masks.polygons[0][0].tolist() == [[8, 0], [4, 0], [4, 3]]
+    assert pixels.transpose(0).with_offset(0).boxes.tolist() == flipped.boxes.tolist()
+    outside = BoxList(torch.tensor([[2.0, 0, 50, 50]]), (10, 8), offset=0)
+    assert outside.clip_to_image().boxes.tolist() == [[2, 0, 10, 8]]
+    assert edges.with_offset(1).boxes.tolist() == pixels.boxes.tolist()
+
+
+@pytest.mark.parametrize(("system", "edge"), [("maskrcnn_benchmark", 10.0), ("detectron2", 10.5)])
+def test_training_boxes_are_read_as_the_model_reads_them(system, edge):
+    """Halved: the last pixel 20 becomes 10, the far edge 21 becomes 10.5."""
+    offset = CONVENTIONS[system].box_offset
+    target = BoxList(torch.tensor([[0.0, 0, 20, 20]]), (40, 40), labels=torch.ones(1, dtype=torch.int64))
+    sample = Sample(torch.zeros(40, 40, 3, dtype=torch.uint8), target, 1, 0)
+    transform = TrainTransform((20,), 100, horizontal_flip_prob=0.0, box_offset=offset)
+    boxes = transform(sample, np.random.default_rng(0)).target
+    assert boxes.boxes.tolist() == [[0, 0, edge, edge]]
+    assert boxes.offset == offset
+    assert PackedTargets.pack([boxes]).unpack()[0].offset == offset
+
+
+@pytest.mark.parametrize("system", list(CONVENTIONS))
+def test_detections_carry_the_reading_of_their_boxes(system):
+    model = small_model("MODEL.CONVENTION", system, "MODEL.ROI_HEADS.SCORE_THRESH", "0.0").eval()
+    images, _ = random_batch([0], [(64, 64)])
+    with torch.no_grad():
+        assert model(images)[0].offset == CONVENTIONS[system].box_offset
+
+
+@pytest.mark.parametrize(
+    ("rounding", "expected"),
+    [("maskrcnn_benchmark", (267, 1335)), ("nearest", (267, 1333)), ("truncate", (266, 1333))],
+)
+def test_size_of_a_wide_image(rounding, expected):
+    assert get_size(200, 1000, 800, 1333, rounding) == expected
+    assert get_size(1000, 200, 800, 1333, rounding) == expected[::-1]
+
+
+@pytest.mark.parametrize("system", list(CONVENTIONS))
+def test_loaders_resize_as_the_system_does(system):
+    cfg = load_config(CONFIGS / "e2e_mask_rcnn_R_50_FPN_1x.yaml", ["MODEL.CONVENTION", system])
+    assert build_test_transform(cfg).rounding == CONVENTIONS[system].resize_rounding
 
 
 def test_padding_is_of_the_batch():
