@@ -42,7 +42,7 @@ def get_size(
     """
     if rounding == "nearest":
         scale = min_size / min(height, width)
-        sides = (min_size, scale * width) if height < width else (scale * height, min_size)
+        sides: tuple[float, float] = (min_size, scale * width) if height < width else (scale * height, min_size)
         if max_size is not None and max(sides) > max_size:
             scale = max_size / max(sides)
             sides = (sides[0] * scale, sides[1] * scale)
