@@ -12,7 +12,7 @@ from torch import nn
 from fastrcnn.build import build_model, load_model_weights
 from fastrcnn.config import load_config
 from fastrcnn.data.image import read_image
-from fastrcnn.structures import ImageList
+from fastrcnn.structures import BoxList, ImageList, Keypoints, SegmentationMask
 from fastrcnn.weights import read_weights, write_weights
 from tests.models.inputs import CONFIGS
 
@@ -153,3 +153,72 @@ def test_export(pair, tmp_path):
     for name, value in theirs.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(exported[name], value), name
+
+
+# Samples that take every candidate, so that their random choice does not matter; few proposals, so that it is quick.
+EVERY = [
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "30000", "MODEL.RPN.PRE_NMS_TOP_N_TRAIN", "60",
+    "MODEL.RPN.POST_NMS_TOP_N_TRAIN", "2000", "MODEL.RPN.FPN_POST_NMS_TOP_N_TRAIN", "60",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "300",
+]  # fmt: skip
+NAMES = {
+    "classification": "loss_retina_cls", "bbox_regression": "loss_retina_reg", "loss_keypoint": "loss_kp",
+}  # fmt: skip
+
+
+def scene(size, generator):
+    """Three objects in an image of ``size`` (height, width): here and there."""
+    height, width = size
+    corner = torch.rand(3, 2, generator=generator) * torch.tensor([width * 0.5, height * 0.5])
+    boxes = torch.cat([corner, corner + torch.tensor([[30.0, 60.0], [70.0, 50.0], [24.0, 22.0]])], dim=1)
+    boxes = torch.minimum(boxes, torch.tensor([width, height, width, height]) - 2.0)
+    corners = [box[:2] + torch.rand(6, 2, generator=generator) * (box[2:] - box[:2]) for box in boxes]
+    masks = SegmentationMask([[polygon] for polygon in corners], (width, height))
+    points = boxes[:, None, :2] + torch.rand(3, 17, 2, generator=generator) * (boxes[:, None, 2:] - boxes[:, None, :2])
+    visible = torch.randint(0, 3, (3, 17, 1), generator=generator).float()
+    return boxes, masks, torch.cat([points, visible], dim=2)
+
+
+def test_training_losses(pair):
+    name, theirs, ours_with_weights = pair
+    photos = [nn.functional.interpolate(p[None], size=(SHORT, 224), mode="bilinear")[0] for p in batches()[1]]
+    generator = torch.Generator().manual_seed(5)
+    scenes = [scene(photo.shape[1:], generator) for photo in photos]
+    label = torch.tensor([1, 1, 1]) if name.startswith("keypoint") else torch.tensor([1, 4, 6])
+    ours, _ = ours_of(name, *EVERY)
+    ours.load_state_dict(ours_with_weights.state_dict())
+    targets = [
+        BoxList(
+            boxes,
+            (224, SHORT),
+            labels=label,
+            masks=masks if name.startswith("mask") else None,
+            keypoints=Keypoints(points, (224, SHORT)) if name.startswith("keypoint") else None,
+        )
+        for boxes, masks, points in scenes
+    ]
+    images, _ = theirs.transform(photos)
+    found = ours.train()(ImageList(images.tensors, images.image_sizes), targets)
+
+    theirs.train()
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    if hasattr(theirs, "rpn"):
+        theirs.rpn.fg_bg_sampler.batch_size_per_image = 30000
+        theirs.rpn._pre_nms_top_n["training"] = theirs.rpn._post_nms_top_n["training"] = 60
+        theirs.roi_heads.fg_bg_sampler.batch_size_per_image = 300
+    told = [
+        {"boxes": boxes, "labels": label, "masks": masks.decode().to(torch.uint8), "keypoints": points}
+        for boxes, masks, points in scenes
+    ]
+    try:
+        expected = theirs(photos, told)
+    finally:
+        theirs.eval()
+    assert {NAMES.get(key, key) for key in expected} == set(found)
+    for key, value in expected.items():
+        assert float(value) > 0, key
+        torch.testing.assert_close(
+            found[NAMES.get(key, key)], value, rtol=1e-4, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}"
+        )
