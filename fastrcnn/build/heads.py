@@ -70,7 +70,7 @@ def build_box_head(cfg: Config, in_channels: int, convention: Convention) -> Box
     agnostic = cfg.MODEL.CLS_AGNOSTIC_BBOX_REG
     return BoxHead(
         extractor,
-        BoxPredictor(features, box.NUM_CLASSES, 4 * box.NUM_CLASSES if not agnostic else convention.agnostic_columns),
+        BoxPredictor(features, box.NUM_CLASSES, 2 if agnostic else box.NUM_CLASSES),
         convention,
         fg_iou_threshold=heads.FG_IOU_THRESHOLD,
         bg_iou_threshold=heads.BG_IOU_THRESHOLD,

@@ -91,6 +91,18 @@ class World:
         dist.all_reduce(summed)
         return summed / self.size
 
+    def share_statistics(self, model: nn.Module) -> None:
+        """Give all ranks rank 0's running statistics of trained batch norms (FBNet): each has gathered its own.
+
+        They are what a checkpoint holds, and in training nothing reads them.
+        """
+        if not self.distributed:
+            return
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for buffer in module.buffers():
+                    dist.broadcast(buffer, src=0)
+
     def max_later(self, value: int) -> Callable[[], int]:
         """Start to find the largest ``value`` of all ranks; the returned function waits for it."""
         if not self.distributed:
@@ -164,7 +176,7 @@ def wrap_model(model: nn.Module, world: World) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,  # all batch norms are frozen or group norms: no buffer changes
+        broadcast_buffers=False,  # training reads no running statistic; evaluation takes World.share_statistics
         gradient_as_bucket_view=True,
     )
 

@@ -114,6 +114,7 @@ def evaluate_dataset(
         The same results on all ranks.
     """
     logger.info("Start evaluation on %s dataset(%d images).", name, num_images)
+    world.share_statistics(model)
     started = time.perf_counter()
     mine, model_seconds = predict(model, batches, device=world.device, dtype=dtype, stop=stop)
     gathered = world.gather(mine)

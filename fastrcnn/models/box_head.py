@@ -120,16 +120,16 @@ class ResNetConv5FeatureExtractor(nn.Module):
 
 
 class BoxPredictor(nn.Module):
-    """Linear layers to class logits and box deltas: four for each class, or, class agnostic, four or eight at all.
+    """Linear layers to class logits and box deltas; ``num_box_classes`` is 2 when boxes are class agnostic.
 
     maskrcnn-benchmark's ``FPNPredictor``, and ``FastRCNNPredictor`` where the features are maps: they are averaged
     first.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, num_deltas: int) -> None:
+    def __init__(self, in_channels: int, num_classes: int, num_box_classes: int) -> None:
         super().__init__()
         self.cls_score = nn.Linear(in_channels, num_classes)
-        self.bbox_pred = nn.Linear(in_channels, num_deltas)
+        self.bbox_pred = nn.Linear(in_channels, num_box_classes * 4)
         normal_init(self.cls_score, std=0.01)
         normal_init(self.bbox_pred, std=0.001)
 

@@ -36,6 +36,11 @@ def collectives(world: World) -> None:
     assert world.mean(torch.tensor([1.0, float(world.rank)])).tolist() == [1.0, (world.size - 1) / 2]
     assert world.max_later(world.rank)() == world.size - 1
     assert world.on_main(lambda: world.rank) == 0
+    norm = torch.nn.BatchNorm2d(3)
+    norm(torch.full((2, 3, 1, 1), 10.0 * (world.rank + 1)))
+    world.share_statistics(torch.nn.Sequential(norm))
+    assert norm.running_mean is not None
+    assert norm.running_mean.tolist() == [1.0] * 3  # a tenth of rank 0's
     with pytest.raises(ValueError, match="seven"):
         world.on_main(lambda: int("seven"))
 
