@@ -146,7 +146,7 @@ def evaluate_model(
     found = {}
     for (name, dataset), folder in zip(datasets.items(), result_folders(list(datasets)), strict=True):
         results = evaluate_dataset(
-            model,
+            build.for_testing(cfg, model),
             build.build_test_loader(cfg, dataset, world.rank, world.size),
             name=name,
             num_images=len(dataset),

@@ -5,6 +5,7 @@ From Python::
     predictor = Predictor(model, cfg, class_names)
     found = predictor(image)                # BoxList in the image's pixels, best first
     picture = predictor.draw(image, found)  # a Pillow image
+    for frame, found in predictor.video("clip.mp4"): ...
 """
 
 from __future__ import annotations
@@ -15,32 +16,25 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastrcnn.build import build_catalog, build_model, gives_proposals, load_model_weights, num_classes
 from fastrcnn.config import Config, load_config
-from fastrcnn.conventions import CONVENTIONS
-from fastrcnn.data.collate import Normalization
 from fastrcnn.data.dataset import DataError
 from fastrcnn.data.image import read_image
-from fastrcnn.data.transforms import get_size
 from fastrcnn.engine.command import UsageError, make_parser, run_command
 from fastrcnn.engine.distributed import pick_device
 from fastrcnn.engine.outputs import write_json
-from fastrcnn.engine.step import DTYPES, autocast
 from fastrcnn.evaluate import find_weights
-from fastrcnn.evaluation import RleMasks, masks_to_rle
+from fastrcnn.evaluation import RleMasks
+from fastrcnn.predictor import Predictor
 from fastrcnn.structures import BoxList
 from fastrcnn.visualize import class_name, draw_detections
-from fastrcnn_kernels import resize_image
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 EXIF_ORIENTATION = 0x0112
@@ -53,86 +47,6 @@ EXAMPLES = """\
 Writes found/predictions.json (a COCO annotation file whose annotations have scores) and found/images/NAME.jpg.
 An image that cannot be read is reported and left out; the exit code is then 1.
 """
-
-
-class Predictor:
-    """A model together with what an image goes through on its way in and a detection on its way out.
-
-    Args:
-        model: as :func:`fastrcnn.build_model` gives it, with trained weights; put into evaluation mode.
-        cfg: the configuration it was built from: sizes, pixel mean, padding.
-        class_names: the name of each label, ``__background__`` first; without: ``class 7``.
-        threshold: detections with a lower score are left out.
-    """
-
-    def __init__(
-        self, model: nn.Module, cfg: Config, class_names: Sequence[str] | None = None, *, threshold: float = 0.0
-    ) -> None:
-        self.model = model.eval()
-        self.class_names = class_names
-        self.threshold = threshold
-        self.min_size, self.max_size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-        self.rounding = CONVENTIONS[cfg.MODEL.CONVENTION].resize_rounding
-        self.normalization = Normalization(
-            cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD, cfg.INPUT.TO_BGR255, cfg.DATALOADER.SIZE_DIVISIBILITY
-        )
-        self.dtype = DTYPES[cfg.DTYPE]
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    @torch.no_grad()
-    def __call__(self, image: np.ndarray | Tensor | Image.Image) -> BoxList:
-        """Detect.
-
-        Args:
-            image: uint8 [H, W, 3] RGB, or a Pillow image of any mode.
-
-        Returns:
-            On the CPU, best first, in pixels of ``image``: boxes, labels, scores and, with a mask head, ``masks``:
-            probabilities [n, 1, M, M] in the frame of the boxes; :meth:`masks` makes bitmaps of them. The proposals of
-            a region proposal network (``MODEL.RPN_ONLY``) are of class 1 and have their objectness as score.
-        """
-        pixels = _to_tensor(image)
-        height, width = pixels.shape[:2]
-        size = get_size(height, width, self.min_size, self.max_size, self.rounding)
-        if size != (height, width):
-            pixels = resize_image(pixels, size)
-        with autocast(self.device, self.dtype):
-            found: BoxList = self.model(self.normalization([pixels], [0]).to(self.device))[0].to("cpu")
-        if found.objectness is not None:
-            found = replace(found, scores=found.objectness, labels=torch.ones(len(found), dtype=torch.int64))
-        assert found.scores is not None
-        order = found.scores.argsort(descending=True, stable=True)
-        found = found[order[found.scores[order] >= self.threshold]].resize((width, height))
-        masks = found.masks if isinstance(found.masks, Tensor) else None
-        if masks is not None and masks.dtype != torch.bool:
-            masks = masks.float()
-        return replace(found, boxes=found.boxes.float(), objectness=None, masks=masks)
-
-    def rles(self, found: BoxList) -> list[dict[str, Any]] | None:
-        """The masks of ``found`` in its image as COCO RLE; None without masks."""
-        if not isinstance(found.masks, Tensor):
-            return None
-        width, height = found.size
-        return masks_to_rle(found.masks, found.convert("xyxy").boxes, (height, width))
-
-    def masks(self, found: BoxList) -> RleMasks | None:
-        """The masks of ``found`` in its image as bool bitmaps [H, W], decoded when asked for; None without masks."""
-        rles = self.rles(found)
-        return None if rles is None else RleMasks(rles)
-
-    def draw(self, image: np.ndarray | Tensor | Image.Image, found: BoxList) -> Image.Image:
-        """``image`` with all of ``found`` drawn on it."""
-        return draw_detections(_to_tensor(image), found, self.masks(found), self.class_names, self.threshold)
-
-
-def _to_tensor(image: np.ndarray | Tensor | Image.Image) -> Tensor:
-    """uint8 [H, W, 3]."""
-    if isinstance(image, Image.Image):
-        return torch.from_numpy(np.array(image.convert("RGB")))
-    pixels = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
-    if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise ValueError(f"the image must be uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
-    return pixels.cpu()
 
 
 def read_upright(path: str | Path) -> Tensor:

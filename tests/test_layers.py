@@ -28,7 +28,7 @@ LAYERS = [
 ]
 CONFIG_READERS = (
     "fastrcnn",
-    *(f"fastrcnn.{n}" for n in ("train", "evaluate", "predict", "doctor")),
+    *(f"fastrcnn.{n}" for n in ("train", "evaluate", "predict", "predictor", "doctor")),
 )
 
 

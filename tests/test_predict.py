@@ -115,6 +115,19 @@ def test_predictor_threshold(cfg: Config) -> None:
     assert len(Predictor(StandIn(), cfg, threshold=0.95)(photo())) == 0
 
 
+def test_predictor_frames_and_video(cfg: Config, tmp_path: Path) -> None:
+    predictor = Predictor(StandIn(), cfg)
+    arrays = [photo(48, 80), photo(60, 60)]
+    found = predictor.frames(iter(arrays))
+    assert [next(found).size for _ in range(2)] == [Image.fromarray(np.asarray(a)).size for a in arrays]
+    assert next(found, None) is None
+    still = Image.fromarray(np.asarray(photo(48, 80)))
+    still.save(tmp_path / "clip.gif", save_all=True, append_images=[still.rotate(90)])
+    clip = list(predictor.video(tmp_path / "clip.gif"))
+    assert len(clip) == 2
+    assert all(tuple(frame.shape[:2]) == (one.size[1], one.size[0]) for frame, one in clip)
+
+
 def test_predictor_masks(cfg: Config) -> None:
     predictor = Predictor(StandIn(), cfg, NAMES)
     found = predictor(photo())

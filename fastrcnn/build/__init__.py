@@ -8,6 +8,7 @@ from fastrcnn.build.backbone import build_resnet_backbone
 from fastrcnn.build.data import (
     build_catalog,
     build_dataset,
+    build_test_augmentation,
     build_test_loader,
     build_test_transform,
     build_train_loader,
@@ -16,21 +17,23 @@ from fastrcnn.build.family import classes_key, gives_proposals, num_classes
 from fastrcnn.build.fbnet import build_fbnet_backbone
 from fastrcnn.build.heads import build_box_head, build_keypoint_head, build_mask_head
 from fastrcnn.build.rpn import build_retinanet, build_rpn
-from fastrcnn.build.unsupported import refuse_what_is_not_built
 from fastrcnn.build.weights import load_model_weights
 from fastrcnn.config import Config, ConfigError
 from fastrcnn.conventions import CONVENTIONS, Convention
+from fastrcnn.models.augmentation import TestTimeAugmentation
 from fastrcnn.models.detector import GeneralizedRCNN
 
 __all__ = [
     "build_catalog",
     "build_dataset",
     "build_model",
+    "build_test_augmentation",
     "build_test_loader",
     "build_test_transform",
     "build_train_loader",
     "classes_key",
     "count_parameters",
+    "for_testing",
     "gives_proposals",
     "load_model_weights",
     "num_classes",
@@ -43,7 +46,6 @@ def build_model(cfg: Config) -> GeneralizedRCNN:
     Raises:
         ConfigError: the configuration names a part that does not exist or does not fit.
     """
-    refuse_what_is_not_built(cfg)
     try:
         model = _assemble(cfg, CONVENTIONS[cfg.MODEL.CONVENTION])
     except ValueError as error:  # sizes that do not fit each other, found by the part that they belong to
@@ -66,6 +68,15 @@ def _assemble(cfg: Config, convention: Convention) -> GeneralizedRCNN:
             keypoint = build_keypoint_head(cfg, backbone.out_channels, convention, box)
     rpn = build_rpn(cfg, backbone.out_channels, convention)
     return GeneralizedRCNN(backbone, rpn, box, mask, keypoint, channels_last=cfg.MODEL.CHANNELS_LAST)
+
+
+def for_testing(cfg: Config, model: nn.Module) -> nn.Module:
+    """What takes the batches of the test loader: ``model``, or with ``TEST.BBOX_AUG`` what shows it several views."""
+    if not cfg.TEST.BBOX_AUG.ENABLED:
+        return model
+    if not isinstance(model, GeneralizedRCNN):
+        raise ConfigError("TEST.BBOX_AUG.ENABLED: needs a model of this package")
+    return TestTimeAugmentation(model)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

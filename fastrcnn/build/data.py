@@ -8,6 +8,7 @@ import torch
 
 from fastrcnn.config import Config
 from fastrcnn.conventions import CONVENTIONS
+from fastrcnn.data.augmentation import TestAugmentation
 from fastrcnn.data.catalog import Catalog
 from fastrcnn.data.collate import Batch, Normalization, TestBatch
 from fastrcnn.data.dataset import DetectionDataset
@@ -83,12 +84,29 @@ def build_test_transform(cfg: Config) -> TestTransform:
     return TestTransform(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, rounding)
 
 
+def build_test_augmentation(cfg: Config) -> TestAugmentation | None:
+    """The views of ``TEST.BBOX_AUG``; None where it is not enabled."""
+    augmentation = cfg.TEST.BBOX_AUG
+    if not augmentation.ENABLED:
+        return None
+    return TestAugmentation(
+        cfg.INPUT.MIN_SIZE_TEST,
+        cfg.INPUT.MAX_SIZE_TEST,
+        h_flip=augmentation.H_FLIP,
+        scales=augmentation.SCALES,
+        scale_max_size=augmentation.MAX_SIZE,
+        scale_h_flip=augmentation.SCALE_H_FLIP,
+        rounding=CONVENTIONS[cfg.MODEL.CONVENTION].resize_rounding,
+    )
+
+
 def build_test_loader(cfg: Config, dataset: DetectionDataset, rank: int = 0, world_size: int = 1) -> Loader[TestBatch]:
     """Every image of this rank's shard once, in order."""
     return make_test_loader(
         dataset,
         ims_per_batch=cfg.TEST.IMS_PER_BATCH,
         transform=build_test_transform(cfg),
+        augmentation=build_test_augmentation(cfg),
         normalization=_normalization(cfg),
         rank=rank,
         world_size=world_size,

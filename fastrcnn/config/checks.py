@@ -31,7 +31,8 @@ class KeysDoNotFit(ValueError):
 
 def check_config(cfg: Config) -> None:
     """Raise :class:`KeysDoNotFit` for the first rule that ``cfg`` breaks."""
-    for rule in (_solver, _sizes, _thresholds, _backbone, _family, _rpn, _box_head, _mask_head, _keypoint_head):
+    families = (_backbone, _family, _rpn, _box_head, _mask_head, _keypoint_head)
+    for rule in (_solver, _sizes, _thresholds, *families, _augmentation):
         for keys, message in rule(cfg):
             raise KeysDoNotFit(keys, message)
 
@@ -187,6 +188,24 @@ def _family(cfg: Config) -> Iterator[Problem]:
                     (f"MODEL.{other}", f"MODEL.{alone}"),
                     f"MODEL.{other} and MODEL.{alone} exclude each other; set one of them False",
                 )
+
+
+def _augmentation(cfg: Config) -> Iterator[Problem]:
+    if not cfg.TEST.BBOX_AUG.ENABLED:
+        return
+    for other in ("RPN_ONLY", "RETINANET_ON", "KEYPOINT_ON"):
+        if getattr(cfg.MODEL, other):
+            yield (
+                ("TEST.BBOX_AUG.ENABLED", f"MODEL.{other}"),
+                f"TEST.BBOX_AUG.ENABLED merges the boxes and masks of a box head; it does not go with MODEL.{other} "
+                "True: set TEST.BBOX_AUG.ENABLED False",
+            )
+    if cfg.MODEL.MASK_ON and cfg.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS:
+        yield (
+            ("TEST.BBOX_AUG.ENABLED", "MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS"),
+            "TEST.BBOX_AUG.ENABLED averages mask probabilities, which are gone once they are pasted: set "
+            "MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS False",
+        )
 
 
 def _pooler(cfg: Config, head: str, scales: tuple[float, ...]) -> Iterator[Problem]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastrcnn.data.dataset import Sample
-from fastrcnn.structures import BoxList, ImageList, Keypoints, SegmentationMask, Skeleton
+from fastrcnn.structures import BoxList, ImageList, Keypoints, SegmentationMask, Skeleton, Views
 from fastrcnn_kernels import preprocess_images
 
 
@@ -62,7 +62,7 @@ class TestBatch:
     """A batch to run detection on.
 
     Attributes:
-        images: float32, normalised and padded.
+        images: float32, normalised and padded; Views of them for test-time augmentation.
         image_ids: ids of the annotation file.
         indices: the images' positions in the data set.
         original_sizes: (height, width) of each image before it was resized.
@@ -70,7 +70,7 @@ class TestBatch:
 
     __test__ = False
 
-    images: ImageList
+    images: ImageList | Views
     image_ids: list[int]
     indices: list[int]
     original_sizes: list[tuple[int, int]]
@@ -171,11 +171,13 @@ def collate_train(samples: Sequence[Sample], normalization: Normalization, epoch
 
 
 def collate_test(
-    samples: Sequence[Sample], original_sizes: Sequence[tuple[int, int]], normalization: Normalization
+    samples: Sequence[Sample],
+    original_sizes: Sequence[tuple[int, int]],
+    make_images: Callable[[Sequence[Tensor], Sequence[int]], ImageList | Views],
 ) -> TestBatch:
-    """Normalise and pad resized samples."""
+    """Normalise and pad samples: ``make_images`` takes the pixels and the ids."""
     return TestBatch(
-        images=normalization([s.image for s in samples], [s.image_id for s in samples]),
+        images=make_images([s.image for s in samples], [s.image_id for s in samples]),
         image_ids=[s.image_id for s in samples],
         indices=[s.index for s in samples],
         original_sizes=list(original_sizes),

@@ -6,11 +6,13 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fastrcnn.data.augmentation import TestAugmentation
 from fastrcnn.data.collate import Batch, Normalization, PackedBatch, TestBatch, collate_test, collate_train
 from fastrcnn.data.dataset import DataError, DetectionDataset
 from fastrcnn.data.sampler import BatchSchedule, aspect_ratio_groups, rank_slice, shard_range
@@ -102,6 +104,7 @@ def make_test_loader(
     ims_per_batch: int,
     normalization: Normalization,
     transform: TestTransform | None = None,
+    augmentation: TestAugmentation | None = None,
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
@@ -112,6 +115,7 @@ def make_test_loader(
 
     Args:
         ims_per_batch: images over all ranks (``TEST.IMS_PER_BATCH``); the last batch may be smaller.
+        augmentation: the batches hold the Views that it makes, instead of what ``transform`` makes.
 
     Raises:
         ValueError: ``ims_per_batch`` is not divisible by ``world_size``.
@@ -120,7 +124,7 @@ def make_test_loader(
     shard = shard_range(len(dataset), rank, world_size)
     size = share.stop - share.start
     steps = [list(shard[first : first + size]) for first in range(0, len(shard), size)]
-    batches = _TestBatches(dataset, transform or TestTransform(), normalization)
+    batches = _TestBatches(dataset, transform or TestTransform(), normalization, augmentation)
     return Loader(_data_loader(batches, steps, num_workers, pin_memory, prefetch_factor))
 
 
@@ -188,8 +192,15 @@ class _TrainBatches(Dataset[Any]):
 class _TestBatches(Dataset[Any]):
     """``self[indices]`` reads, resizes and collates a batch."""
 
-    def __init__(self, dataset: DetectionDataset, transform: TestTransform, normalization: Normalization) -> None:
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        transform: TestTransform,
+        normalization: Normalization,
+        augmentation: TestAugmentation | None,
+    ) -> None:
         self.dataset, self.transform, self.normalization = dataset, transform, normalization
+        self.augmentation = augmentation
 
     def __getitem__(self, indices: Sequence[int]) -> TestBatch | _Failure:
         samples, sizes = [], []
@@ -197,7 +208,9 @@ class _TestBatches(Dataset[Any]):
             for index in indices:
                 sample = self.dataset[index]
                 sizes.append((int(sample.image.shape[0]), int(sample.image.shape[1])))
-                samples.append(self.transform(sample))
+                samples.append(sample if self.augmentation is not None else self.transform(sample))
         except DataError as error:
             return _Failure(str(error))
+        if self.augmentation is not None:
+            return collate_test(samples, sizes, partial(self.augmentation, normalization=self.normalization))
         return collate_test(samples, sizes, self.normalization)

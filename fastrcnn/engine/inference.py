@@ -19,7 +19,7 @@ from fastrcnn.engine.outputs import write_json
 from fastrcnn.engine.signals import StopSignals, iterate
 from fastrcnn.engine.step import autocast
 from fastrcnn.evaluation import Results, masks_to_rle
-from fastrcnn.structures import BoxList, ImageList
+from fastrcnn.structures import BoxList, ImageList, Views
 
 logger = logging.getLogger("fastrcnn.inference")
 
@@ -28,7 +28,7 @@ class DetectionBatch(Protocol):
     """What the loader yields: images, and what they were before they were resized."""
 
     @property
-    def images(self) -> ImageList: ...
+    def images(self) -> ImageList | Views: ...
     @property
     def image_ids(self) -> list[int]: ...
     @property

@@ -234,6 +234,19 @@ class BoxHead(nn.Module):
 
     def forward_test(self, features: Sequence[Tensor], proposals: Proposals, images: ImageList) -> list[BoxList]:
         """The detections of each image, best first; waits for the device."""
+        return [
+            self.detect(boxes, probabilities, size, size_on_device)
+            for (boxes, probabilities), size, size_on_device in zip(
+                self.candidates(features, proposals), images.image_sizes, images.sizes, strict=True
+            )
+        ]
+
+    def candidates(self, features: Sequence[Tensor], proposals: Proposals) -> list[tuple[Tensor, Tensor]]:
+        """For each image what :meth:`detect` chooses from: boxes and probabilities of its P proposals.
+
+        Boxes are [P, 4 * classes], or [P, 4] where they are class agnostic, not clipped; probabilities [P, classes].
+        Waits for the device.
+        """
         x = self.feature_extractor(features, to_rois(proposals.boxes, proposals.valid))
         class_logits, box_regression = self.predictor(x)
         probabilities = at_least_float32(class_logits).softmax(-1)
@@ -247,13 +260,12 @@ class BoxHead(nn.Module):
             clip=self.convention.delta_clip,
         )
         capacity = proposals.boxes.shape[1]
-        detections = []
-        for image, (count, size) in enumerate(zip(proposals.count.tolist(), images.image_sizes, strict=True)):
-            rows = slice(image * capacity, image * capacity + count)
-            detections.append(self._detect(boxes[rows], probabilities[rows], size, images.sizes[image]))
-        return detections
+        return [
+            (boxes[image * capacity : image * capacity + count], probabilities[image * capacity :][:count])
+            for image, count in enumerate(proposals.count.tolist())
+        ]
 
-    def _detect(self, boxes: Tensor, probabilities: Tensor, size: tuple[int, int], size_on_device: Tensor) -> BoxList:
+    def detect(self, boxes: Tensor, probabilities: Tensor, size: tuple[int, int], size_on_device: Tensor) -> BoxList:
         """Detections of one image from boxes [P, 4 * classes], or [P, 4] for all, and probabilities [P, classes].
 
         Background is column 0.

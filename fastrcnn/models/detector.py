@@ -88,12 +88,13 @@ class GeneralizedRCNN(nn.Module):
             return self.forward_train(images, targets)
         return self.forward_test(images)
 
-    def _features(self, images: ImageList) -> list[Tensor]:
+    def features(self, images: ImageList) -> list[Tensor]:
+        """The feature levels of a batch of images."""
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         return self.backbone(images.tensors.contiguous(memory_format=memory_format))
 
     def forward_train(self, images: ImageList, targets: Targets) -> dict[str, Tensor]:
-        features = self._features(images)
+        features = self.features(images)
         if isinstance(self.rpn, RetinaNet):
             self.sampling_step += 1
             return self.rpn.losses(images, features, targets)
@@ -117,7 +118,7 @@ class GeneralizedRCNN(nn.Module):
         return losses
 
     def forward_test(self, images: ImageList) -> list[BoxList]:
-        features = self._features(images)
+        features = self.features(images)
         if isinstance(self.rpn, RetinaNet):
             return self.rpn.detect(images, features)
         proposals, _ = self.rpn(images, features)

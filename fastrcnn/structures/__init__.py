@@ -14,6 +14,7 @@ from fastrcnn.structures.image_list import ImageList, to_image_list
 from fastrcnn.structures.keypoints import PERSON, Keypoints, PersonKeypoints, Skeleton
 from fastrcnn.structures.padded import Proposals, Targets
 from fastrcnn.structures.segmentation import FLIP_LEFT_RIGHT, FLIP_TOP_BOTTOM, SegmentationMask
+from fastrcnn.structures.views import Views
 
 __all__ = [
     "FLIP_LEFT_RIGHT",
@@ -27,5 +28,6 @@ __all__ = [
     "SegmentationMask",
     "Skeleton",
     "Targets",
+    "Views",
     "to_image_list",
 ]

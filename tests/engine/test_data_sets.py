@@ -81,6 +81,25 @@ def test_proposals(small_config: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "FAIL: box_proposal > ARs@1000" in log
 
 
+def test_augmented_evaluation(small_config: str, tmp_path: Path) -> None:
+    """The same model evaluated plainly, in one view, and in three: the first two agree, masks come with all."""
+    results = [run(small_config, tmp_path / "run")["results"]]
+    for name, options in (
+        ("one", ["TEST.BBOX_AUG.ENABLED", "True"]),
+        ("three", ["TEST.BBOX_AUG.ENABLED", "True", "TEST.BBOX_AUG.H_FLIP", "True", "TEST.BBOX_AUG.SCALES", "(96,)"]),
+    ):
+        weights = ["--weights", str(tmp_path / "run/model_final.pth"), "OUTPUT_DIR", str(tmp_path / name)]
+        assert evaluate.main(["--config-file", str(tmp_path / "run/config.yml"), *weights, *options]) == 0
+        (summary,) = (tmp_path / name).glob("inference/*/summary.json")
+        results.append(json.loads(summary.read_text())["results"])
+    assert results[0] == results[1]
+    assert set(results[2]) == {"bbox", "segm"}
+    boxes = [
+        json.loads(next((tmp_path / n).glob("inference/*/bbox.json")).read_text()) for n in ("run", "one", "three")
+    ]
+    assert boxes[0] == boxes[1] != boxes[2]
+
+
 def test_registered_by_function(small_config: str, tmp_path: Path) -> None:
     """A data set of one's own class, judged as COCO does by what its targets hold; proposals of VOC as well."""
     folder = write_voc(
