@@ -13,7 +13,7 @@ from fastrcnn.config.schema import Config, Section
 
 # Accepted, so that maskrcnn-benchmark's files load, and read by nothing. Setting one of them warns.
 KEYS_WITHOUT_EFFECT: dict[str, str] = {
-    "PATHS_CATALOG": "a config cannot run Python code; give data sets as ANNOTATIONS.json@IMAGE_FOLDER",
+    "PATHS_CATALOG": "a config cannot run Python code; name data sets in DATASETS.OWN",
     "AMP_VERBOSE": "apex is not used; DTYPE selects the precision",
     "MODEL.ROI_MASK_HEAD.MLP_HEAD_DIM": "the mask head has no fully connected layer; CONV_LAYERS sets its widths",
     "MODEL.ROI_KEYPOINT_HEAD.MLP_HEAD_DIM": "the keypoint head has no fully connected layer; see CONV_LAYERS",

@@ -360,9 +360,9 @@ class SolverConfig(Section):
 
 
 class BboxAugConfig(Section):
-    """Test-time augmentation of boxes."""
+    """Test-time augmentation of boxes and masks."""
 
-    ENABLED: Bool = key(False, "Evaluate each image several times and merge the boxes")
+    ENABLED: Bool = key(False, "Evaluate each image several times, merge the boxes and average the masks")
     H_FLIP: Bool = key(False, "Add the flipped image")
     SCALES: tuple[PositiveInt, ...] = key((), "Shorter sides to add, pixels")
     MAX_SIZE: PositiveInt = key(4000, "Longer side at most, at SCALES")

@@ -68,8 +68,9 @@ class TestTimeAugmentation(nn.Module):
         for images, flipped in zip(views.images, views.flipped, strict=True):
             moved = [self._seen_in(images, i, found, flipped) for i, found in enumerate(detections)]
             seen = mask.forward_test(self.model.features(images), moved)
-            masks = [one.masks.flip(-1) if flipped else one.masks for one in seen]  # type: ignore[union-attr]
-            total = [a + b for a, b in zip(total, masks, strict=True)] if total else masks  # type: ignore[operator]
+            masks: list[Tensor] = [one.masks for one in seen]  # type: ignore[misc]
+            masks = [mask.flip(-1) for mask in masks] if flipped else masks
+            total = [a + b for a, b in zip(total, masks, strict=True)] if total else masks
         count = len(views.images)
         return [
             BoxList(found.boxes, found.size, labels=found.labels, scores=found.scores, masks=masks / count)

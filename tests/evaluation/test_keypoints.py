@@ -98,7 +98,7 @@ def test_errors() -> None:
         evaluate_coco(truth(5, [0.1] * 4), {"keypoints": results})
     with pytest.raises(EvaluationError, match="result 0: keypoints must be 51 finite numbers"):
         evaluate_coco(truth(17), {"keypoints": results})
+    bare = truth(5)
+    del bare["annotations"][0]["keypoints"]
     with pytest.raises(EvaluationError, match="no annotation has keypoints"):
-        bare = truth(5)
-        del bare["annotations"][0]["keypoints"]
         evaluate_coco(bare, {"keypoints": []})
