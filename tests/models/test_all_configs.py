@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrcnn.build import build_model
-from fastrcnn.config import Config, ConfigError, load_config
+from fastrcnn.build import build_model, for_testing
+from fastrcnn.config import Config, load_config
 from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
 from fastrcnn.engine.step import TrainStep
-from fastrcnn.structures import BoxList, ImageList
+from fastrcnn.structures import BoxList, ImageList, Views
 from tests.config_helpers import upstream_configs
 from tests.models.inputs import CONFIGS, random_batch, with_keypoints
 
@@ -104,16 +104,7 @@ def trained(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-PENDING = ("test_time_aug",)  # not built yet
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(raises=ConfigError)) if any(p in name for p in PENDING) else name
-        for name in upstream_configs()
-    ],
-)
+@pytest.mark.parametrize("name", upstream_configs())
 def test_trains_two_steps_and_detects(name):
     cfg = narrow(name)
     torch.manual_seed(0)
@@ -134,7 +125,7 @@ def test_trains_two_steps_and_detects(name):
 
     model.eval()
     with torch.no_grad():
-        found = model(images)
+        found = for_testing(cfg, model)(Views([images], [False]) if cfg.TEST.BBOX_AUG.ENABLED else images)
     assert [f.size for f in found] == [(128, 96), (96, 96)]
     for detections in found:
         assert len(detections) > 0
