@@ -74,6 +74,9 @@ def is_classifier(names: set[str]) -> bool:
 def read(theirs: dict[str, Tensor]) -> Weights:
     """The weights of one of torchvision's detectors.
 
+    The epsilon of the batch normalisation is 0 for those that torchvision offers trained (``COCO_V1``) and 1e-5 for
+    others; the file does not tell.
+
     Raises:
         WeightsError: it is a ``_v2`` detector, which has layers that no model here has.
     """
@@ -91,7 +94,6 @@ def read(theirs: dict[str, Tensor]) -> Weights:
         retinanet_background=retinanet,
         pixels=TORCHVISION,
         stride_in_1x1=False,
-        norm_eps=1e-5,
     )
     for name, value in theirs.items():
         ours = table.to_ours(name)

@@ -194,5 +194,20 @@ def test_names_of_older_torchvision(tmp_path):
             name = f"roi_heads.mask_head.mask_fcn{index + 1}.{name.rpartition('.')[2]}"
         old[name] = value
     assert "backbone.fpn.inner_blocks.3.weight" in old
-    final = convert(saved(tmp_path / "old.pth", old), tmp_path / "new.pth", "torchvision")
-    assert_same_tensors(read_file(final).tensors, new)
+    assert_same_tensors(as_new(tmp_path, old), new)
+
+
+def test_names_of_an_older_retinanet(tmp_path):
+    new = state("torchvision", "retinanet")
+    old = {}
+    for name, value in new.items():
+        if "head.conv." in name:
+            front, index, _, part = name.rsplit(".", 3)
+            name = f"{front}.{2 * int(index)}.{part}"
+        old[name] = value
+    assert "head.regression_head.conv.6.bias" in old
+    assert_same_tensors(as_new(tmp_path, old), new)
+
+
+def as_new(tmp_path, old):
+    return read_file(convert(saved(tmp_path / "old.pth", old), tmp_path / "new.pth", "torchvision")).tensors
