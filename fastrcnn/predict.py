@@ -217,6 +217,9 @@ class Predictions:
                 "area": boxes[i][2] * boxes[i][3],
                 "iscrowd": 0,
             }
+            if found.keypoints is not None:
+                entry["keypoints"] = found.keypoints.points[i].flatten().tolist()
+                entry["num_keypoints"] = len(found.keypoints.points[i])
             if rles is not None:
                 entry["segmentation"] = rles[i]
                 entry["area"] = int(coco_mask.area(rles[i]))

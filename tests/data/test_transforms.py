@@ -234,6 +234,27 @@ def test_hue_turns_the_colour_circle() -> None:
     assert torch.equal(color_jitter(gray, sample_generator(0, 0, 2), hue=0.5).image, gray.image)
 
 
+@pytest.mark.parametrize(
+    ("setting", "function"),
+    [
+        ("brightness", "adjust_brightness"),
+        ("contrast", "adjust_contrast"),
+        ("saturation", "adjust_saturation"),
+        ("hue", "adjust_hue"),
+    ],
+)
+def test_color_jitter_against_torchvision(setting: str, function: str) -> None:
+    """The pixels of torchvision's functions of Pillow images, which its ColorJitter calls, bit for bit."""
+    functional = pytest.importorskip("torchvision.transforms.functional")
+    sample = photograph()
+    for seed in range(5):
+        draws = sample_generator(0, 0, seed).random()
+        factor = -0.4 + 0.8 * draws if setting == "hue" else 0.6 + 0.8 * draws
+        expected = getattr(functional, function)(Image.fromarray(sample.image.numpy()), factor)
+        found = color_jitter(sample, sample_generator(0, 0, seed), **{setting: 0.4})
+        assert np.array_equal(found.image.numpy(), np.asarray(expected))
+
+
 def test_color_jitter_of_zero_is_the_same_sample() -> None:
     sample = photograph()
     assert color_jitter(sample, sample_generator(0, 0, 0)) is sample
