@@ -70,19 +70,21 @@ class Weights:
         }
 
     def take_own_entry(self, own: dict[str, Any]) -> None:
-        """Take up what :meth:`own_entry` and the writers noted in a file."""
+        """Take up what :meth:`own_entry` and the writers noted in a file whose names do not tell it."""
         if "anchor_style" in own:
             self.anchor_style = str(own["anchor_style"])
             self.retinanet_background = bool(own.get("retinanet_background"))
-            pixels = own.get("pixels")
-            self.pixels = PixelFormat(
-                bool(pixels["to_bgr255"]), tuple(pixels["mean"]), tuple(pixels["std"]), float(pixels["scale"])
-            ) if pixels else None  # fmt: skip
-            self.stride_in_1x1, self.norm_eps = own.get("stride_in_1x1"), own.get("norm_eps")
-        self.take_left_out(own)
+        self.take_source(own)
 
-    def take_left_out(self, own: dict[str, Any]) -> None:
-        """The part of :meth:`take_own_entry` that is tensors."""
+    def take_source(self, own: dict[str, Any]) -> None:
+        """Take up where the weights of a converted file come from, and the tensors noted in it."""
+        if "norm_eps" in own:
+            pixels = own.get("pixels")
+            self.pixels = None
+            if pixels:
+                mean, std = tuple(pixels["mean"]), tuple(pixels["std"])
+                self.pixels = PixelFormat(bool(pixels["to_bgr255"]), mean, std, float(pixels["scale"]))
+            self.stride_in_1x1, self.norm_eps = own.get("stride_in_1x1"), own["norm_eps"]
         self.background |= _tensors_of(own.get("background"))
         for kind, tensors in (own.get("left_out") or {}).items():
             self.left_out[str(kind)] = self.left_out.get(str(kind), {}) | _tensors_of(tensors)

@@ -48,7 +48,7 @@ def _convert(content: FileContent) -> Weights:
         weights = caffe2.read(tensors)
     elif kind == detectron2.KIND:
         rows = Weights(kind, {})
-        rows.take_left_out(own)
+        rows.take_source(own)
         weights = detectron2.read(tensors, rows.background)
     elif kind == torchvision.KIND:
         weights = torchvision.read(tensors)
@@ -61,5 +61,5 @@ def _convert(content: FileContent) -> Weights:
         weights.retinanet_background = weights.is_retinanet and style == torchvision.KIND
         weights.take_own_entry(own)
         return weights
-    weights.take_left_out(own)
+    weights.take_source(own)
     return weights
