@@ -14,6 +14,7 @@ from fastrcnn import evaluate, train
 from fastrcnn.data import Catalog, VocDataset
 from tests.data.test_cityscapes import write_cityscapes
 from tests.data.test_voc import voc_object, write_voc
+from tests.models.inputs import CONFIGS, KEYPOINTS, SMALL
 
 TWO_STEPS = ["SOLVER.MAX_ITER", "2", "DATALOADER.NUM_WORKERS", "0", "MODEL.DEVICE", "cpu"]
 
@@ -79,6 +80,30 @@ def test_proposals(small_config: str, tmp_path: Path, capsys: pytest.CaptureFixt
     log = "".join(capsys.readouterr())
     assert "PASS: box_proposal > AR@100" in log
     assert "FAIL: box_proposal > ARs@1000" in log
+
+
+def test_keypoints(tmp_path: Path, shared_data: Path) -> None:
+    folder = shared_data / "coco-cc-tiny"
+    name = f"('{folder}/annotations/person_keypoints_val.json@{folder}/images',)"
+    sizes = ["INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MIN_SIZE_TEST", "128", "SOLVER.IMS_PER_BATCH", "1"]
+    heads = ["MODEL.ROI_HEADS.SCORE_THRESH", "0.0", "MODEL.ROI_HEADS.DETECTIONS_PER_IMG", "5", *KEYPOINTS]
+    options = [*SMALL, *heads, *sizes, "MODEL.ROI_BOX_HEAD.NUM_CLASSES", "2", "TEST.IMS_PER_BATCH", "1"]
+    options += ["DATASETS.TRAIN", name, "DATASETS.TEST", name, "SOLVER.STEPS", "(1,)", "SOLVER.BASE_LR", "0.0001"]
+    summary = run(str(CONFIGS / "e2e_faster_rcnn_R_50_FPN_1x.yaml"), tmp_path, *options)
+    assert list(summary["results"]) == ["bbox", "keypoints"]
+    assert 0 <= summary["results"]["keypoints"]["AP"] <= 1
+    results = json.loads(next(tmp_path.glob("inference/*/keypoints.json")).read_text())
+    assert results
+    assert all(len(result["keypoints"]) == 51 for result in results)
+
+
+def test_proposals_on_voc(small_config: str, tmp_path: Path) -> None:
+    folder = write_voc(tmp_path / "voc", {"a": [voc_object("cat", 5, 5, 40, 40)]})
+    name = f"('voc:{folder}@train',)"
+    options = ["DATASETS.TRAIN", name, "DATASETS.TEST", name, "MODEL.RPN_ONLY", "True", "MODEL.MASK_ON", "False"]
+    found = run(small_config, tmp_path / "run", *options)["results"]["box_proposal"]
+    assert 0 <= found["ARm@1000"] <= 1
+    assert found["ARs@1000"] == -1
 
 
 def test_augmented_evaluation(small_config: str, tmp_path: Path) -> None:
