@@ -63,9 +63,6 @@ class Convention:
         mask_paste: rule of :func:`fastrcnn_kernels.paste_masks`.
         keypoint_score: rule of :func:`fastrcnn_kernels.keypoints_from_heatmaps`.
 
-    Layout of the weights:
-        agnostic_columns: columns of class-agnostic box deltas; the last four are used.
-
     Images:
         resize_rounding: the size of a resized image. ``maskrcnn_benchmark``: the short side rounded, the long one
             truncated; ``nearest``: one scale, both rounded to the nearest; ``truncate``: one scale, both truncated.
@@ -114,8 +111,6 @@ class Convention:
     retinanet_clips_before_nms: bool
     mask_paste: str
     keypoint_score: Literal["logit", "probability"]
-    # layout of the weights
-    agnostic_columns: int
     # images
     resize_rounding: Literal["maskrcnn_benchmark", "nearest", "truncate"]
     # keys
@@ -169,7 +164,6 @@ MASKRCNN_BENCHMARK = Convention(
     retinanet_clips_before_nms=True,
     mask_paste="maskrcnn_benchmark",
     keypoint_score="logit",
-    agnostic_columns=8,
     resize_rounding="maskrcnn_benchmark",
     pixel_mean=(102.9801, 115.9465, 122.7717),
     pixel_std=(1.0, 1.0, 1.0),
@@ -221,7 +215,6 @@ DETECTRON2 = Convention(
     retinanet_clips_before_nms=False,
     mask_paste="detectron2",
     keypoint_score="probability",
-    agnostic_columns=4,
     resize_rounding="nearest",
     pixel_mean=(103.53, 116.28, 123.675),
     pixel_std=(1.0, 1.0, 1.0),
@@ -273,7 +266,6 @@ TORCHVISION = Convention(
     retinanet_clips_before_nms=True,
     mask_paste="torchvision",
     keypoint_score="logit",
-    agnostic_columns=8,
     resize_rounding="truncate",
     pixel_mean=(0.485, 0.456, 0.406),
     pixel_std=(0.229, 0.224, 0.225),
