@@ -13,6 +13,7 @@ import torch
 
 from fastrcnn import build
 from fastrcnn.config import Config, load_config
+from fastrcnn.conventions import CONVENTIONS
 from fastrcnn.data import Catalog, DetectionDataset
 from fastrcnn.engine.checkpoint import last_checkpoint
 from fastrcnn.engine.command import UsageError, make_parser, run_command
@@ -154,6 +155,7 @@ def evaluate_model(
             output_dir=Path(cfg.OUTPUT_DIR) / "inference" / folder,
             world=world,
             dtype=DTYPES[cfg.DTYPE],
+            mask_paste=CONVENTIONS[cfg.MODEL.CONVENTION].mask_paste,
             stop=stop,
             about=about,
             draw=picture_writer(dataset, cfg.TEST.VIS_IMAGES) if cfg.TEST.VIS_IMAGES else None,

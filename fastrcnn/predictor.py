@@ -45,6 +45,7 @@ class Predictor:
         self.threshold = threshold
         self.min_size, self.max_size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
         self.rounding = CONVENTIONS[cfg.MODEL.CONVENTION].resize_rounding
+        self.mask_paste = CONVENTIONS[cfg.MODEL.CONVENTION].mask_paste
         self.normalization = Normalization(
             cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD, cfg.INPUT.TO_BGR255, cfg.DATALOADER.SIZE_DIVISIBILITY
         )
@@ -102,7 +103,7 @@ class Predictor:
         if not isinstance(found.masks, Tensor):
             return None
         width, height = found.size
-        return masks_to_rle(found.masks, found.convert("xyxy").boxes, (height, width))
+        return masks_to_rle(found.masks, found.convert("xyxy").boxes, (height, width), convention=self.mask_paste)
 
     def masks(self, found: BoxList) -> RleMasks | None:
         """The masks of ``found`` in its image as bool bitmaps [H, W], decoded when asked for; None without masks."""

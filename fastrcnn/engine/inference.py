@@ -44,11 +44,13 @@ def predict(
     *,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    mask_paste: str = "maskrcnn_benchmark",
     stop: StopSignals | None = None,
 ) -> tuple[list[Prediction], float]:
     """Run ``model`` in evaluation mode over ``batches``.
 
-    Boxes are scaled plainly to the original image (maskrcnn-benchmark: ``prediction.resize``), masks are pasted there.
+    Boxes are scaled plainly to the original image (maskrcnn-benchmark: ``prediction.resize``), masks are pasted there
+    by the rule ``mask_paste`` of :func:`fastrcnn_kernels.paste_masks`.
 
     Returns:
         The predictions in the order of the batches, and the seconds spent in the model.
@@ -70,17 +72,19 @@ def predict(
         for found, image_id, index, size in zip(
             found_on_host, batch.image_ids, batch.indices, batch.original_sizes, strict=True
         ):
-            predictions.append(in_original_image(found, image_id, index, size))
+            predictions.append(in_original_image(found, image_id, index, size, mask_paste))
     return predictions, seconds
 
 
-def in_original_image(found: BoxList, image_id: int, index: int, size: tuple[int, int]) -> Prediction:
+def in_original_image(
+    found: BoxList, image_id: int, index: int, size: tuple[int, int], mask_paste: str = "maskrcnn_benchmark"
+) -> Prediction:
     """Detections in the frame of the network's input, taken to the original image of ``size`` (height, width)."""
     height, width = size
     resized = found.resize((width, height)).convert("xyxy")
     masks = None
     if isinstance(resized.masks, Tensor):
-        masks = masks_to_rle(resized.masks, resized.boxes.float(), (height, width))
+        masks = masks_to_rle(resized.masks, resized.boxes.float(), (height, width), convention=mask_paste)
     plain = replace(resized, boxes=resized.boxes.float(), masks=None)
     return Prediction(index, image_id, plain, masks)
 
@@ -95,6 +99,7 @@ def evaluate_dataset(
     output_dir: Path,
     world: World,
     dtype: torch.dtype = torch.float32,
+    mask_paste: str = "maskrcnn_benchmark",
     stop: StopSignals | None = None,
     about: Mapping[str, Any] | None = None,
     draw: Callable[[Sequence[Prediction], Path], None] | None = None,
@@ -107,6 +112,7 @@ def evaluate_dataset(
         name: of the data set, for the log.
         batches: this rank's share; over the ranks each image exactly once.
         judge: see :func:`fastrcnn.engine.judge.judge_for`; called on rank 0.
+        mask_paste: see :func:`predict`.
         about: entries for ``summary.json``, such as the iteration.
         draw: draws some of the predictions into a folder (rank 0).
 
@@ -116,7 +122,7 @@ def evaluate_dataset(
     logger.info("Start evaluation on %s dataset(%d images).", name, num_images)
     world.share_statistics(model)
     started = time.perf_counter()
-    mine, model_seconds = predict(model, batches, device=world.device, dtype=dtype, stop=stop)
+    mine, model_seconds = predict(model, batches, device=world.device, dtype=dtype, mask_paste=mask_paste, stop=stop)
     gathered = world.gather(mine)
     _log_time("Total run time", time.perf_counter() - started, num_images, world.size)
     _log_time("Model inference time", model_seconds, num_images, world.size)

@@ -15,7 +15,13 @@ from fastrcnn_kernels import paste_masks_rle
 
 
 def masks_to_rle(
-    mask_probs: Tensor, boxes: Tensor, image_size: tuple[int, int], *, threshold: float = 0.5, padding: int = 1
+    mask_probs: Tensor,
+    boxes: Tensor,
+    image_size: tuple[int, int],
+    *,
+    threshold: float = 0.5,
+    padding: int = 1,
+    convention: str = "maskrcnn_benchmark",
 ) -> list[dict[str, Any]]:
     """Paste mask probabilities into the image and encode each as COCO RLE.
 
@@ -29,6 +35,7 @@ def masks_to_rle(
         image_size: (height, width) of the image.
         threshold: a pixel belongs to the mask where the pasted probability is above it.
         padding: cells of zeros around the mask before it is resized.
+        convention: rule of :func:`fastrcnn_kernels.paste_masks`.
 
     Returns:
         ``[{"size": [height, width], "counts": str}]``, ready for json.
@@ -36,7 +43,9 @@ def masks_to_rle(
     mask_probs = mask_probs.detach().reshape(len(boxes), *mask_probs.shape[-2:])
     if mask_probs.dtype == torch.bool:
         return [encode_mask(_resize_bitmap(mask, image_size)) for mask in mask_probs]
-    encoded = paste_masks_rle(mask_probs.float(), boxes.detach(), image_size, threshold=threshold, padding=padding)
+    encoded = paste_masks_rle(
+        mask_probs.float(), boxes.detach(), image_size, threshold=threshold, padding=padding, convention=convention
+    )
     return [{"size": rle["size"], "counts": rle["counts"].decode("ascii")} for rle in encoded]
 
 

@@ -7,6 +7,8 @@ mask head looks at the merged boxes in each view, and the probabilities are aver
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -72,10 +74,7 @@ class TestTimeAugmentation(nn.Module):
             masks = [mask.flip(-1) for mask in masks] if flipped else masks
             total = [a + b for a, b in zip(total, masks, strict=True)] if total else masks
         count = len(views.images)
-        return [
-            BoxList(found.boxes, found.size, labels=found.labels, scores=found.scores, masks=masks / count)
-            for found, masks in zip(detections, total, strict=True)
-        ]
+        return [replace(found, masks=masks / count) for found, masks in zip(detections, total, strict=True)]
 
     def _seen_in(self, images: ImageList, index: int, found: BoxList, flipped: bool) -> BoxList:
         """Detections in the frame of the first view, in that of another."""
@@ -84,7 +83,7 @@ class TestTimeAugmentation(nn.Module):
         # The way back of what brought them here: there, mirrored first and scaled then.
         scaled = self._between(found.boxes, (height, width), size, flipped=False)
         boxes = self._between(scaled, size, size, flipped)
-        return BoxList(boxes, (size[1], size[0]), labels=found.labels, scores=found.scores)
+        return replace(found, boxes=boxes, size=(size[1], size[0]))
 
     def _between(self, boxes: Tensor, size: tuple[int, int], target: tuple[int, int], flipped: bool) -> Tensor:
         """[n, 4] boxes of a view of ``size`` (height, width), mirrored back if it is, scaled to ``target``."""

@@ -16,10 +16,13 @@ from fastrcnn.conventions import CONVENTIONS, KEYS, MASKRCNN_BENCHMARK, TORCHVIS
 from fastrcnn.data.collate import PackedTargets
 from fastrcnn.data.dataset import Sample
 from fastrcnn.data.transforms import TrainTransform, get_size
+from fastrcnn.engine.inference import in_original_image
+from fastrcnn.evaluation import RleMasks
+from fastrcnn.predictor import Predictor
 from fastrcnn.structures import BoxList, ImageList, SegmentationMask
 from fastrcnn_kernels import decode_boxes
 from tests.config_helpers import lookup
-from tests.models.inputs import CONFIGS, random_batch, small_model
+from tests.models.inputs import CONFIGS, random_batch, small_config, small_model
 from tests.models.test_scalar_chain import calibrate, chain_model
 
 # Choices of the two-stage models and a value far enough from all systems' to be seen in one step.
@@ -200,6 +203,20 @@ def test_size_of_a_wide_image(rounding, expected):
 def test_loaders_resize_as_the_system_does(system):
     cfg = load_config(CONFIGS / "e2e_mask_rcnn_R_50_FPN_1x.yaml", ["MODEL.CONVENTION", system])
     assert build_test_transform(cfg).rounding == CONVENTIONS[system].resize_rounding
+
+
+@pytest.mark.parametrize("system", list(CONVENTIONS))
+def test_masks_are_pasted_as_the_system_does(system):
+    """A full mask on columns 10.4 to 20.4: whole pixels 9 to 21 with a margin, or pixels whose centre is inside."""
+    rule = CONVENTIONS[system].mask_paste
+    boxes = torch.tensor([[10.4, 10.4, 20.4, 20.4]])
+    found = BoxList(boxes, (40, 40), labels=torch.ones(1, dtype=torch.int64), scores=torch.ones(1))
+    found = replace(found, masks=torch.ones(1, 1, 28, 28))
+    prediction = in_original_image(found, 1, 0, (40, 40), rule)
+    columns = RleMasks(prediction.masks)[0].any(axis=0).nonzero()[0]
+    predictor = Predictor(small_model("MODEL.CONVENTION", system), small_config("MODEL.CONVENTION", system))
+    assert predictor.rles(found) == prediction.masks
+    assert [columns.min(), columns.max()] == ([10, 19] if system == "detectron2" else [10, 20])
 
 
 def test_padding_is_of_the_batch():
