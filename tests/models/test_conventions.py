@@ -75,7 +75,7 @@ def test_ties_of_the_last_detection(ties, found, monkeypatch):
     head = small_model("MODEL.ROI_HEADS.DETECTIONS_PER_IMG", "1").roi_heads["box"]
     boxes = torch.tensor([[0.0, 0, 9, 9], [20, 0, 29, 9], [40, 0, 49, 9]])
     scores = torch.tensor([0.1, 0.9, 0.0, 0.0, 0.0]).repeat(3, 1)
-    assert len(head._detect(boxes, scores, (50, 60), torch.tensor([50, 60]))) == found
+    assert len(head.detect(boxes, scores, (50, 60), torch.tensor([50, 60]))) == found
 
 
 @pytest.mark.parametrize(("drop", "found"), [(False, 2), (True, 1)])
@@ -85,7 +85,7 @@ def test_detections_without_an_area(drop, found, monkeypatch):
     head = small_model().roi_heads["box"]
     boxes = torch.tensor([[0.0, 0, 9, 9], [20, 0, 20, 9]])
     scores = torch.tensor([0.1, 0.9, 0.0, 0.0, 0.0]).repeat(2, 1)
-    assert len(head._detect(boxes, scores, (50, 60), torch.tensor([50, 60]))) == found
+    assert len(head.detect(boxes, scores, (50, 60), torch.tensor([50, 60]))) == found
 
 
 @pytest.mark.parametrize(("inclusive", "exact"), [(True, True), (False, False)])
