@@ -216,7 +216,7 @@ def test_training_losses(pair):
         theirs.eval()
     assert {NAMES.get(key, key) for key in expected} == set(found)
     for key, value in expected.items():
-        assert float(value) > 0, key
+        assert value.item() > 0, key
         torch.testing.assert_close(
             found[NAMES.get(key, key)], value, rtol=1e-4, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}"
         )
