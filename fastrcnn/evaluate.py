@@ -116,6 +116,19 @@ def check_classes(cfg: Config, name: str, dataset: DetectionDataset) -> None:
         )
 
 
+def check_keypoints(cfg: Config, name: str, dataset: DetectionDataset) -> None:
+    """Raise UsageError where the keypoint head cannot learn from the data set."""
+    skeleton = getattr(dataset, "skeleton", None)
+    if skeleton is None:
+        raise UsageError(f"{name} has no keypoints, or no names for them: pass MODEL.KEYPOINT_ON False")
+    key, configured = "MODEL.ROI_KEYPOINT_HEAD.NUM_CLASSES", cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_CLASSES
+    if len(skeleton.names) != configured:
+        raise UsageError(
+            f"{name} has {len(skeleton.names)} keypoints an instance, but {key} is {configured}: pass {key} "
+            f"{len(skeleton.names)}"
+        )
+
+
 def build_test_datasets(
     cfg: Config, names: Sequence[str], like: DetectionDataset | None = None, catalog: Catalog | None = None
 ) -> dict[str, DetectionDataset]:

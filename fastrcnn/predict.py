@@ -34,7 +34,7 @@ from fastrcnn.evaluate import find_weights
 from fastrcnn.evaluation import RleMasks
 from fastrcnn.predictor import Predictor
 from fastrcnn.structures import BoxList
-from fastrcnn.visualize import class_name, draw_detections
+from fastrcnn.visualize import class_name
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 EXIF_ORIENTATION = 0x0112
@@ -192,7 +192,7 @@ class Predictions:
         self.failed: list[dict[str, str]] = []
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
-        self.categories = [{"id": i, "name": class_name(i, names)} for i in range(1, num_classes)]
+        self.categories: list[dict[str, Any]] = [{"id": i, "name": class_name(i, names)} for i in range(1, num_classes)]
 
     def add(self, path: Path, found: BoxList, rles: Sequence[dict[str, Any]] | None, picture: str | None) -> None:
         """One image and its detections, in pixels of the image."""
@@ -204,6 +204,11 @@ class Predictions:
         corners, boxes = found.convert("xyxy").boxes.tolist(), found.convert("xywh").boxes.tolist()
         labels = found.labels.tolist() if found.labels is not None else []
         scores = found.scores.tolist() if found.scores is not None else []
+        if found.keypoints is not None and found.keypoints.skeleton is not None:
+            skeleton = found.keypoints.skeleton
+            for category in self.categories:
+                category["keypoints"] = list(skeleton.names)
+                category["skeleton"] = [[a + 1, b + 1] for a, b in skeleton.connections]
         for i, (label, score) in enumerate(zip(labels, scores, strict=True)):
             entry = {
                 "id": len(self.annotations) + 1,
@@ -220,6 +225,8 @@ class Predictions:
             if found.keypoints is not None:
                 entry["keypoints"] = found.keypoints.points[i].flatten().tolist()
                 entry["num_keypoints"] = len(found.keypoints.points[i])
+                if found.keypoints.scores is not None:
+                    entry["keypoint_scores"] = found.keypoints.scores[i].tolist()
             if rles is not None:
                 entry["segmentation"] = rles[i]
                 entry["area"] = int(coco_mask.area(rles[i]))
@@ -256,8 +263,7 @@ def predict_images(
         rles = predictor.rles(found)
         if picture is not None:
             masks = None if rles is None else RleMasks(rles)
-            drawn = draw_detections(image, found, masks, predictor.class_names, predictor.threshold)
-            drawn.save(picture, quality=92)
+            predictor.draw(image, found, masks).save(picture, quality=92)
         predictions.add(path, found, rles, None if picture is None else f"{picture.parent.name}/{picture.name}")
         labels = found.labels.tolist() if found.labels is not None else []
         counts = Counter(class_name(label, predictor.class_names) for label in labels)

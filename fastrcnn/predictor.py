@@ -24,6 +24,9 @@ from fastrcnn.structures import BoxList, ImageList, Views
 from fastrcnn.visualize import draw_detections
 from fastrcnn_kernels import resize_image
 
+# A keypoint is drawn from this score on: maskrcnn-benchmark's for logits, detectron2's for probabilities.
+KEYPOINT_THRESHOLDS = {"logit": 2.0, "probability": 0.05}
+
 
 class Predictor:
     """A model together with what an image goes through on its way in and a detection on its way out.
@@ -49,6 +52,7 @@ class Predictor:
         self.normalization = Normalization(
             cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD, cfg.INPUT.TO_BGR255, cfg.DATALOADER.SIZE_DIVISIBILITY
         )
+        self.keypoint_threshold = KEYPOINT_THRESHOLDS[CONVENTIONS[cfg.MODEL.CONVENTION].keypoint_score]
         self.dtype = DTYPES[cfg.DTYPE]
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
@@ -74,8 +78,9 @@ class Predictor:
 
         Returns:
             On the CPU, best first, in pixels of ``image``: boxes, labels, scores and, with a mask head, ``masks``:
-            probabilities [n, 1, M, M] in the frame of the boxes; :meth:`masks` makes bitmaps of them. The proposals of
-            a region proposal network (``MODEL.RPN_ONLY``) are of class 1 and have their objectness as score.
+            probabilities [n, 1, M, M] in the frame of the boxes; :meth:`masks` makes bitmaps of them; with a keypoint
+            head, ``keypoints`` with their scores. The proposals of a region proposal network (``MODEL.RPN_ONLY``) are
+            of class 1 and have their objectness as score.
         """
         pixels = to_tensor(image)
         height, width = pixels.shape[:2]
@@ -110,9 +115,14 @@ class Predictor:
         rles = self.rles(found)
         return None if rles is None else RleMasks(rles)
 
-    def draw(self, image: np.ndarray | Tensor | Image.Image, found: BoxList) -> Image.Image:
-        """``image`` with all of ``found`` drawn on it."""
-        return draw_detections(to_tensor(image), found, self.masks(found), self.class_names, self.threshold)
+    def draw(
+        self, image: np.ndarray | Tensor | Image.Image, found: BoxList, masks: RleMasks | None = None
+    ) -> Image.Image:
+        """``image`` with all of ``found`` drawn on it; ``masks``: those of :meth:`masks`, if they are at hand."""
+        masks = self.masks(found) if masks is None else masks
+        return draw_detections(
+            to_tensor(image), found, masks, self.class_names, self.threshold, self.keypoint_threshold
+        )
 
 
 def to_tensor(image: np.ndarray | Tensor | Image.Image) -> Tensor:

@@ -38,7 +38,7 @@ from fastrcnn.engine.signals import StopSignals, iterate
 from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
 from fastrcnn.engine.step import TrainStep
 from fastrcnn.engine.trainer import train
-from fastrcnn.evaluate import build_test_datasets, check_batch_size, check_classes, evaluate_model
+from fastrcnn.evaluate import build_test_datasets, check_batch_size, check_classes, check_keypoints, evaluate_model
 
 logger = logging.getLogger("fastrcnn.train")
 
@@ -141,6 +141,8 @@ def build_run(cfg: Config, world: World, args: argparse.Namespace, catalog: Cata
     check_classes(cfg, ", ".join(cfg.DATASETS.TRAIN), dataset)
     if cfg.MODEL.MASK_ON and not dataset.has_masks:
         raise UsageError(f"{', '.join(cfg.DATASETS.TRAIN)} has no masks: pass MODEL.MASK_ON False")
+    if cfg.MODEL.KEYPOINT_ON:
+        check_keypoints(cfg, ", ".join(cfg.DATASETS.TRAIN), dataset)
     test_datasets: dict[str, DetectionDataset] = {}
     if not args.skip_test or cfg.SOLVER.TEST_PERIOD:
         check_batch_size("TEST.IMS_PER_BATCH", cfg.TEST.IMS_PER_BATCH, world)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastrcnn.structures import BoxList, SegmentationMask
+from fastrcnn.structures import BoxList, Keypoints, SegmentationMask
 
 Color = tuple[int, int, int]
 Plate = tuple[float, float, float, float]
@@ -39,6 +39,7 @@ def draw_detections(
     masks: Sequence[np.ndarray | Tensor] | None = None,
     class_names: Sequence[str] | Mapping[int, str] | None = None,
     threshold: float = 0.5,
+    keypoint_threshold: float = 2.0,
 ) -> Image.Image:
     """Draw the detections that score at least ``threshold``, the best on top.
 
@@ -48,6 +49,8 @@ def draw_detections(
         masks: for each detection a bool bitmap [H, W] of the image; None draws boxes only.
         class_names: the name of each label, ``__background__`` first; or a mapping; without a name: ``class 7``.
         threshold: detections with a lower score (or none: NaN) are left out.
+        keypoint_threshold: keypoints of ``found`` with a lower score are left out; the default is maskrcnn-benchmark's,
+            for scores that are logits.
 
     Returns:
         A new RGB picture of the image's size.
@@ -58,7 +61,12 @@ def draw_detections(
     shown = (found.scores >= threshold).tolist()  # in the scores' precision: a float32 0.7 reaches 0.7
     order = sorted((i for i in range(len(found)) if shown[i]), key=lambda i: scores[i])
     texts = {i: f"{class_name(labels[i], class_names)} {scores[i]:.2f}" for i in order}
-    return _draw(image, found, masks, order, texts)
+    points = None
+    if found.keypoints is not None:
+        points = found.keypoints.visible
+        if found.keypoints.scores is not None:
+            points = points & (found.keypoints.scores >= keypoint_threshold)
+    return _draw(image, found, masks, order, texts, points)
 
 
 def draw_ground_truth(
@@ -66,7 +74,7 @@ def draw_ground_truth(
     target: BoxList,
     class_names: Sequence[str] | Mapping[int, str] | None = None,
 ) -> Image.Image:
-    """Draw annotated boxes and masks, the smallest on top.
+    """Draw annotated boxes, masks and keypoints, the smallest on top.
 
     Args:
         image: uint8 [H, W, 3] RGB, or a Pillow image.
@@ -80,7 +88,8 @@ def draw_ground_truth(
     masks = list(target.masks.decode()) if isinstance(target.masks, SegmentationMask) else None
     order = (-target.area()).argsort(stable=True).tolist()
     labels = target.labels.tolist()  # type: ignore[union-attr]  # checked above
-    return _draw(picture, target, masks, order, {i: class_name(labels[i], class_names) for i in order})
+    texts = {i: class_name(labels[i], class_names) for i in order}
+    return _draw(picture, target, masks, order, texts, None if target.keypoints is None else target.keypoints.visible)
 
 
 def _to_array(data: np.ndarray | Tensor) -> np.ndarray:
@@ -102,8 +111,9 @@ def _draw(
     masks: Sequence[np.ndarray | Tensor] | None,
     order: Sequence[int],
     texts: Mapping[int, str],
+    shown_points: Tensor | None,
 ) -> Image.Image:
-    """Draw the boxes numbered in ``order``, the last one on top."""
+    """Draw the boxes numbered in ``order``, the last one on top, and the keypoints in ``shown_points`` [n, k]."""
     picture = _to_picture(image)
     width, height = picture.size
     if masks is not None and len(masks) != len(boxlist):
@@ -126,6 +136,8 @@ def _draw(
         x1, y1, x2, y2 = (min(max(v, -line), m) for v, m in zip(boxes[i], (width, height) * 2, strict=True))
         if x2 >= x1 and y2 >= y1:
             draw.rectangle((x1, y1, x2, y2), outline=class_color(labels[i]), width=line)
+        if boxlist.keypoints is not None and shown_points is not None:
+            _draw_keypoints(draw, boxlist.keypoints[i], shown_points[i].tolist(), line)
     font = ImageFont.load_default(size=min(max(11, min(width, height) // 32), 40))
     # The best take the best places; they are painted last, so that where plates must overlap the best is readable.
     plates: list[Plate] = []
@@ -148,6 +160,18 @@ def _paint_mask(pixels: np.ndarray, mask: np.ndarray, color: Color, line: int) -
     for _ in range(line):
         inner[1:-1, 1:-1] &= inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
     view[inside & ~inner[1:-1, 1:-1]] = color
+
+
+def _draw_keypoints(draw: ImageDraw.ImageDraw, one: Keypoints, shown: Sequence[bool], line: int) -> None:
+    """The keypoints of one instance, and the lines of its skeleton between two that are shown, each in a colour."""
+    places = [(x, y) for x, y, _ in one.points[0].tolist()]
+    for number, (a, b) in enumerate(one.skeleton.connections if one.skeleton is not None else (), start=1):
+        if shown[a] and shown[b]:
+            draw.line((*places[a], *places[b]), fill=class_color(number), width=line + 1)
+    for (x, y), is_shown in zip(places, shown, strict=True):
+        if is_shown:
+            radius = line + 1
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(255, 255, 255), outline=(0, 0, 0))
 
 
 def _place(

@@ -167,6 +167,33 @@ def test_predictor_proposals_only(cfg: Config) -> None:
     assert found.objectness is None
 
 
+def test_main_keypoints(tmp_path: Path) -> None:
+    """Keypoints in pixels of the photograph, with their scores, names and lines, as COCO writes them."""
+    head = "MODEL.ROI_KEYPOINT_HEAD"
+    cfg = load_config(
+        None,
+        [*SMALL.split(), "MODEL.MASK_ON", "False", "MODEL.KEYPOINT_ON", "True",
+         f"{head}.SHARE_BOX_FEATURE_EXTRACTOR", "False", f"{head}.POOLER_SCALES", "(0.25, 0.125, 0.0625, 0.03125)",
+         f"{head}.RESOLUTION", "56", f"{head}.CONV_LAYERS", "(16,)"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.save(build_model(cfg).state_dict(), tmp_path / "model_final.pth")
+    (tmp_path / "config.yml").write_text(dump_config(cfg))
+    photo().save(tmp_path / "a.png")
+    assert main(arguments(tmp_path, tmp_path / "a.png", output=tmp_path / "out")) == 0
+    content = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert content["categories"][0]["keypoints"][:2] == ["nose", "left_eye"]
+    assert [2, 3] in content["categories"][0]["skeleton"]
+    assert content["annotations"]
+    for annotation in content["annotations"]:
+        points = np.array(annotation["keypoints"]).reshape(17, 3)
+        x1, y1, x2, y2 = annotation["box_xyxy"]
+        assert ((points[:, 0] >= x1) & (points[:, 0] <= max(x2, x1 + 1))).all()
+        assert ((points[:, 1] >= y1) & (points[:, 1] <= max(y2, y1 + 1))).all()
+        assert (points[:, 2] == 1).all()
+        assert annotation["num_keypoints"] == len(annotation["keypoint_scores"]) == 17
+
+
 def test_main_proposals_only(tmp_path: Path) -> None:
     cfg = load_config(None, [*SMALL.split(), "MODEL.MASK_ON", "False", "MODEL.RPN_ONLY", "True"])
     torch.save(build_model(cfg).state_dict(), tmp_path / "model_final.pth")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from fastrcnn.structures import BoxList, SegmentationMask
+from fastrcnn.structures import BoxList, Keypoints, SegmentationMask, Skeleton
 from fastrcnn.visualize import class_color, class_name, draw_detections, draw_ground_truth
 
 NAMES = ["__background__", "cat", "dog"]
@@ -165,3 +167,26 @@ def test_class_name() -> None:
     assert class_name(7, None) == "class 7"
     assert class_name(7, {7: "owl"}) == "owl"
     assert class_name(8, {7: "owl"}) == "class 8"
+
+
+def test_keypoints_and_the_lines_between_them() -> None:
+    """A keypoint under the threshold, or not labelled, is not drawn, nor is a line to it."""
+    points = torch.tensor([[[50.0, 60, 1], [110, 60, 1], [80, 100, 1]]])
+    skeleton = Skeleton(("a", "b", "c"), ((0, 1), (1, 2)))
+    scores = torch.tensor([[3.0, 2.5, 1.0]])
+    found = detections([[30, 40, 130, 110]], [0.9], [1])
+    found = replace(found, keypoints=Keypoints(points, (160, 120), skeleton, scores))
+    pixels = np.asarray(draw_detections(image(), found))
+    assert tuple(pixels[60, 50]) == tuple(pixels[60, 110]) == (255, 255, 255)
+    assert tuple(pixels[60, 80]) == class_color(1), "the line from a to b"
+    assert tuple(pixels[100, 80]) == (BACKGROUND,) * 3
+    pixels = np.asarray(draw_detections(image(), found, keypoint_threshold=0.5))
+    assert tuple(pixels[100, 80]) == (255, 255, 255)
+    assert tuple(pixels[80, 95]) == class_color(2), "the line from b to c"
+
+    points[0, 0, 2] = 0
+    target = BoxList(found.boxes * 0.5, (80, 60), labels=torch.tensor([1]),
+                     keypoints=Keypoints(points * torch.tensor([0.5, 0.5, 1]), (80, 60), skeleton))  # fmt: skip
+    pixels = np.asarray(draw_ground_truth(image(), target))
+    assert tuple(pixels[60, 50]) == tuple(pixels[60, 80]) == (BACKGROUND,) * 3
+    assert tuple(pixels[100, 80]) == (255, 255, 255)
