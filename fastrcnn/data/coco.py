@@ -25,7 +25,7 @@ from fastrcnn.data.coco_file import (
     read_json,
 )
 from fastrcnn.data.dataset import DataError, ImageInfo, Sample
-from fastrcnn.data.image import read_image
+from fastrcnn.data.image import read_annotated_image
 from fastrcnn.structures import PERSON, BoxList, Keypoints, SegmentationMask, Skeleton
 
 logger = logging.getLogger(__name__)
@@ -95,13 +95,7 @@ class CocoDataset:
 
     def __getitem__(self, index: int) -> Sample:
         info = self.image_info(index)
-        path = self.image_folder / info["file_name"]
-        image = read_image(path)
-        if tuple(image.shape[:2]) != (info["height"], info["width"]):
-            raise DataError(
-                f"image file {path} is {image.shape[1]}x{image.shape[0]} pixels, but {self.annotation_file} says "
-                f"{info['width']}x{info['height']} for image {info['id']}"
-            )
+        image = read_annotated_image(self.image_folder / info["file_name"], info, str(self.annotation_file))
         return Sample(image, self.target(index), info["id"], index)
 
     def target(self, index: int) -> BoxList:

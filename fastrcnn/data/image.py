@@ -11,7 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from fastrcnn.data.dataset import DataError
+from fastrcnn.data.dataset import DataError, ImageInfo
 
 try:
     import simplejpeg
@@ -20,6 +20,24 @@ except ImportError:
 
 # Only these are decoded by simplejpeg as Pillow would: CMYK files need Pillow's conversion.
 _SIMPLEJPEG_COLORSPACES = ("YCbCr", "Gray")
+
+
+def read_annotated_image(path: Path, info: ImageInfo, annotation: str) -> Tensor:
+    """:func:`read_image`, of the size that its annotation gives.
+
+    Args:
+        annotation: what says so, for the message.
+
+    Raises:
+        DataError: as :func:`read_image`, or the file has another size than ``info``.
+    """
+    image = read_image(path)
+    if tuple(image.shape[:2]) != (info["height"], info["width"]):
+        raise DataError(
+            f"image file {path} is {image.shape[1]}x{image.shape[0]} pixels, but {annotation} says "
+            f"{info['width']}x{info['height']} for image {info['id']}"
+        )
+    return image
 
 
 def read_image(path: str | Path) -> Tensor:

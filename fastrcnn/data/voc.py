@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fastrcnn.data.coco_file import StringTable
 from fastrcnn.data.dataset import DataError, ImageInfo, Sample
-from fastrcnn.data.image import read_image
+from fastrcnn.data.image import read_annotated_image
 from fastrcnn.structures import BoxList
 
 logger = logging.getLogger(__name__)
@@ -159,13 +159,7 @@ class VocDataset:
 
     def __getitem__(self, index: int) -> Sample:
         info = self.image_info(index)
-        path = self.folder / "JPEGImages" / info["file_name"]
-        image = read_image(path)
-        if tuple(image.shape[:2]) != (info["height"], info["width"]):
-            raise DataError(
-                f"image file {path} is {image.shape[1]}x{image.shape[0]} pixels, but its annotation says "
-                f"{info['width']}x{info['height']}"
-            )
+        image = read_annotated_image(self.folder / "JPEGImages" / info["file_name"], info, "its annotation")
         return Sample(image, self.target(index), info["id"], index)
 
     def target(self, index: int) -> BoxList:

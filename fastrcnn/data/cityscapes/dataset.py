@@ -22,7 +22,7 @@ from fastrcnn.data.cityscapes.files import ENDS, AnnotatedImage, encode, find_pa
 from fastrcnn.data.cityscapes.labels import CLASS_IDS, CLASSES, EVALUATED, VOID_IDS
 from fastrcnn.data.coco_file import StringTable
 from fastrcnn.data.dataset import DataError, ImageInfo, Sample
-from fastrcnn.data.image import read_image
+from fastrcnn.data.image import read_annotated_image
 from fastrcnn.structures import BoxList, SegmentationMask
 
 logger = logging.getLogger(__name__)
@@ -100,13 +100,7 @@ class CityscapesDataset:
 
     def __getitem__(self, index: int) -> Sample:
         info = self.image_info(index)
-        path = self.image_folder / info["file_name"]
-        image = read_image(path)
-        if tuple(image.shape[:2]) != (info["height"], info["width"]):
-            raise DataError(
-                f"image file {path} is {image.shape[1]}x{image.shape[0]} pixels, but its annotation says "
-                f"{info['width']}x{info['height']}"
-            )
+        image = read_annotated_image(self.image_folder / info["file_name"], info, "its annotation")
         return Sample(image, self.target(index), info["id"], index)
 
     def target(self, index: int) -> BoxList:
