@@ -43,6 +43,7 @@ def build_rpn(cfg: Config, in_channels: int, convention: Convention) -> RPN:
         per_batch=rpn.FPN_POST_NMS_PER_BATCH,
         nms_thresh=rpn.NMS_THRESH,
         min_size=rpn.MIN_SIZE,
+        sparse_backward=rpn.SPARSE_BACKWARD,
     )
 
 

@@ -113,6 +113,10 @@ class RpnConfig(Section):
         True, "FPN_POST_NMS_TOP_N_TRAIN counts over the images of one process together, not per image"
     )
     RPN_HEAD: Literal["SingleConvRPNHead", "FBNet.rpn_head"] = key("SingleConvRPNHead", "Head of the network")
+    SPARSE_BACKWARD: Bool = own(
+        True,
+        "Gradient of the losses through SingleConvRPNHead at the sampled anchors alone: exact, a tenth of the work",
+    )
 
 
 class RoiHeadsConfig(Section):
