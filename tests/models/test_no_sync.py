@@ -1,10 +1,14 @@
-"""Between the images and the optimizer step the host never waits for the device."""
+"""From images to updated weights the host never waits for the device; `test_sync_source.py` reads the source for it."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
+from fastrcnn.engine.step import TrainStep
 from fastrcnn.structures import Targets
 from fastrcnn_kernels import set_backend
 from tests.kernels.nosync import HostSync, forbid_host_sync
@@ -18,27 +22,40 @@ FAMILIES = [
 ]
 
 
-def step(model, images, targets, optimizer):
-    losses = model(images, targets)
-    total = torch.stack(list(losses.values())).sum()
-    optimizer.zero_grad(set_to_none=True)
-    total.backward()
-    optimizer.step()
-    return losses
+def train_step(model, **settings):
+    """The step that training runs: forward, backward, optimizer, schedule."""
+    optimizer = make_optimizer(model, base_lr=1e-6, momentum=0.9, weight_decay=1e-4)
+    schedule = WarmupMultiStepLR(optimizer, milestones=[1, 3], warmup_iters=2)
+    return TrainStep(model, optimizer, schedule, device=torch.device("cpu"), **settings)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("make", FAMILIES)
 def test_a_training_step_never_waits(backend, make):
     model = make()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
+    step = train_step(model)
     images, targets = random_batch([3, 0], [(128, 96), (96, 128)])
     targets = with_keypoints(targets) if "keypoint" in model.roi_heads else targets
-    padded = Targets.from_boxlists(targets)
+    batch = SimpleNamespace(images=images, targets=targets)
+    before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
     with set_backend(backend):
-        step(model, images, padded, optimizer)  # the grids of anchors are made once
+        step(batch, 0)  # the grids of anchors are made once, and so is the momentum
         with forbid_host_sync():
-            losses = step(model, images, padded, optimizer)
+            for number in range(1, 4):  # over the end of the warm-up and a milestone
+                losses = step(batch, number)
+    assert all(loss.isfinite() for loss in losses.values())
+    after = [p for p in model.parameters() if p.requires_grad]
+    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"clip_gradients": 1.0}], ids=["bfloat16", "clipped"])
+def test_nor_does_one_in_bfloat16_or_with_clipped_gradients(settings):
+    step = train_step(small_model("MODEL.ROI_MASK_HEAD.POSITIVES_ONLY", "False"), **settings)
+    images, targets = random_batch([3, 0], [(128, 96), (96, 128)])
+    batch = SimpleNamespace(images=images, targets=targets)
+    step(batch, 0)
+    with forbid_host_sync():
+        losses = step(batch, 1)
     assert all(loss.isfinite() for loss in losses.values())
 
 
