@@ -1,0 +1,191 @@
+"""The whole training step: images a second, where the time goes, against torchvision and against itself.
+
+    python -m benchmarks.train_step                                        one batch size, quick
+    python -m benchmarks.train_step --batch-sizes 1,2,4,8,16,32 --layouts padded,bucketed --modes eager,graph \\
+        --dtypes float32,bfloat16 --ablation 2,16 --inference 1,8          everything, on a GPU
+    python -m benchmarks.train_step --images annotations.json@images       a data set instead of noise
+
+Writes ``OUTPUT/train_step.json`` after each group of rows, so that what was measured outlives a time limit, and
+``OUTPUT/train_step.md``. What each column means: docs/benchmarks.md. Exits with 1 where our own side has failed, with
+2 for wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import describe
+from benchmarks.train_step.ablation import measure_ablation, measure_inference
+from benchmarks.train_step.run import Options, Row, config, failure, measure_group
+from benchmarks.train_step.sides import DTYPES
+from benchmarks.train_step.tables import markdown
+from fastrcnn.config import ConfigError
+from fastrcnn.data.dataset import DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+MODES, LAYOUTS = ("eager", "graph"), ("padded", "bucketed")
+
+
+def words(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        found = tuple(word for word in text.split(",") if word)
+        if not found or any(word not in allowed for word in found):
+            raise argparse.ArgumentTypeError(f"{text!r}: choose from {','.join(allowed)}")
+        return found
+
+    return parse
+
+
+def integers(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(word) for word in text.split(",") if word)
+    except ValueError:
+        found = (0,)
+    if any(value < 1 for value in found):
+        raise argparse.ArgumentTypeError(f"{text!r}: integers above 0, separated by commas")
+    return found
+
+
+def size(text: str) -> tuple[int, int]:
+    width, x, height = text.partition("x")
+    if not x or not width.isdigit() or not height.isdigit() or int(width) % 32 or int(height) % 32:
+        raise argparse.ArgumentTypeError(f"{text!r}: WIDTHxHEIGHT, multiples of 32")
+    return int(width), int(height)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config-file", type=Path, default=ROOT / "configs" / "e2e_mask_rcnn_R_50_FPN_1x.yaml")
+    add("--device", default="cuda" if gpu else "cpu")
+    add("--batch-sizes", type=integers, default=(2,), help="images a step, separated by commas (default 2)")
+    add("--images", default="synthetic", help="synthetic (noise and rectangles), or ANNOTATIONS.json@FOLDER")
+    add("--boxes", type=int, default=10, help="ground truths an image of synthetic images (%(default)s)")
+    add("--positives", type=int, default=64, help="positive proposals an image that the RPN is calibrated to give, as "
+        "late in training; 0: what random weights give (%(default)s)")  # fmt: skip
+    add("--layouts", type=words(LAYOUTS), default=("padded",), help="padded: all of --size; bucketed: COCO's widths")
+    add("--size", type=size, default=(1344, 800), metavar="WxH", help="of padded images (1344x800)")
+    add("--modes", type=words(MODES), default=MODES if gpu else ("eager",), help="eager, graph (a captured step)")
+    add("--dtypes", type=words(tuple(DTYPES)), default=("float32", "bfloat16") if gpu else ("float32",))
+    add("--rounds", type=int, default=3, help="turns of each side (%(default)s)")
+    add("--seconds", type=float, default=3.0, help="timed seconds of each side over all turns; at least a step a turn")
+    add("--warmup", type=int, default=5 if gpu else 1, help="steps before the first that is measured (%(default)s)")
+    add("--no-torchvision", action="store_true", help="our sides alone")
+    add("--ablation", type=integers, default=(), metavar="SIZES", help="batch sizes of the ablation")
+    add("--inference", type=integers, default=(), metavar="SIZES", help="batch sizes of detection")
+    add("--peak-tflops", type=float, help="what MFU is a share of; default: a large matrix product, measured")
+    add("--budget", type=float, default=float("inf"), help="seconds after which no further group begins")
+    add("--output", type=Path, default=ROOT / "output" / "train_step")
+    add("overrides", nargs="*", metavar="KEY VALUE", help="configuration keys for our sides")
+    return parser.parse_intermixed_args(argv)
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    return Options(
+        config_file=args.config_file,
+        overrides=tuple(args.overrides),
+        device=torch.device(args.device),
+        batch_sizes=args.batch_sizes,
+        images=args.images,
+        boxes=args.boxes,
+        positives=args.positives,
+        layouts=args.layouts if args.images == "synthetic" else ("real",),
+        size=args.size,
+        modes=args.modes,
+        dtypes=args.dtypes,
+        rounds=args.rounds,
+        seconds=args.seconds,
+        warmup=args.warmup,
+        torchvision=not args.no_torchvision,
+        ablation=args.ablation,
+        inference=args.inference,
+        peak_tflops=args.peak_tflops,
+    )
+
+
+def groups(options: Options) -> list[tuple[str, str, int, Callable[[], list[Row]]]]:
+    """(section, layout, batch size, what measures it) of everything to be measured, in the order of its worth."""
+    found: list[tuple[str, str, int, Callable[[], list[Row]]]] = []
+    for layout in options.layouts:
+        for b in options.batch_sizes:
+            found.append(("train", layout, b, lambda layout=layout, b=b: measure_group(options, layout, b)))  # type: ignore[misc]
+    for b in options.ablation:
+        found.append(("ablation", "padded", b, lambda b=b: measure_ablation(options, b)))  # type: ignore[misc]
+    for b in options.inference:
+        found.append(("inference", "padded", b, lambda b=b: measure_inference(options, b)))  # type: ignore[misc]
+    return found
+
+
+def write(result: dict[str, Any], output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "train_step.json").write_text(json.dumps(result, indent=1))
+    (output / "train_step.md").write_text(markdown(result))
+
+
+def run(options: Options, output: Path, budget: float = float("inf")) -> dict[str, Any]:
+    """Measure everything; the files are complete after each group."""
+    result: dict[str, Any] = {
+        "machine_info": describe(),
+        "arguments": {name: str(value) for name, value in vars(options).items()},
+        "train": [],
+        "ablation": [],
+        "inference": [],
+        "notes": [],
+    }
+    began = time.monotonic()
+    for section, layout, batch_size, measure in groups(options):
+        if time.monotonic() - began > budget:
+            result["notes"].append(f"{section}, {layout}, batch {batch_size}: not begun, the time was up")
+            continue
+        try:
+            result[section] += measure()
+        except (RuntimeError, AssertionError, ValueError) as error:
+            row = {"layout": layout, "batch_size": batch_size, "side": "ours", "mode": "", "dtype": ""}
+            result[section].append({**row, "reason": failure(error)})
+        write(result, output)
+    write(result, output)
+    return result
+
+
+def failed(result: dict[str, Any]) -> bool:
+    """Whether a side of ours that this machine could have run gave no figure."""
+    rows = [row for section in ("train", "inference") for row in result[section] if row["side"] == "ours"]
+    return not any("images_per_second" in row for row in rows) and bool(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    options = options_of(args)
+    if options.device.type == "cuda":
+        if not torch.cuda.is_available():
+            print("error: PyTorch finds no CUDA device here: pass --device cpu", file=sys.stderr)
+            return 2
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    try:
+        config(options, options.batch_sizes[0])
+        result = run(options, args.output, args.budget)
+    except (ConfigError, DataError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(markdown(result))
+    return 1 if failed(result) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
