@@ -183,7 +183,7 @@ def test_every_switch_leaves_the_losses_alone_or_says_why_it_is_not_there():
 
 def test_a_switch_that_changes_the_losses_is_not_timed():
     wrong = ablation.Switch("a lot of proposals", "MODEL.RPN.POST_NMS_TOP_N_TRAIN", "5")
-    rows = ablation.measure_ablation(options(), 1, [wrong])
+    rows = ablation.measure_ablation(options(), 1, switches=[wrong])
     assert rows[1]["reason"].startswith("the losses differ by")
     assert "ms_per_step" not in rows[1]
     assert rows[0]["ms_per_step"] > 0

@@ -5,7 +5,7 @@
         --dtypes float32,bfloat16 --ablation 2,16 --inference 1,8          everything, on a GPU
     python -m benchmarks.train_step --images annotations.json@images       a data set instead of noise
 
-Writes ``OUTPUT/train_step.json`` after each group of rows, so that what was measured outlives a time limit, and
+Writes ``OUTPUT/train_step.json`` after each row, so that what was measured outlives a time limit, and
 ``OUTPUT/train_step.md``. What each column means: docs/benchmarks.md. Exits with 1 where our own side has failed, with
 2 for wrong arguments.
 """
@@ -18,6 +18,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def integers(text: str) -> tuple[int, ...]:
     return found
 
 
-def size(text: str) -> tuple[int, int]:
+def image_size(text: str) -> tuple[int, int]:
     width, x, height = text.partition("x")
     if not x or not width.isdigit() or not height.isdigit() or int(width) % 32 or int(height) % 32:
         raise argparse.ArgumentTypeError(f"{text!r}: WIDTHxHEIGHT, multiples of 32")
@@ -78,7 +79,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--positives", type=int, default=64, help="positive proposals an image that the RPN is calibrated to give, as "
         "late in training; 0: what random weights give (%(default)s)")  # fmt: skip
     add("--layouts", type=words(LAYOUTS), default=("padded",), help="padded: all of --size; bucketed: COCO's widths")
-    add("--size", type=size, default=(1344, 800), metavar="WxH", help="of padded images (1344x800)")
+    add("--size", type=image_size, default=(1344, 800), metavar="WxH", help="of padded images (1344x800)")
     add("--modes", type=words(MODES), default=MODES if gpu else ("eager",), help="eager, graph (a captured step)")
     add("--dtypes", type=words(tuple(DTYPES)), default=("float32", "bfloat16") if gpu else ("float32",))
     add("--rounds", type=int, default=3, help="turns of each side (%(default)s)")
@@ -117,16 +118,20 @@ def options_of(args: argparse.Namespace) -> Options:
     )
 
 
-def groups(options: Options) -> list[tuple[str, str, int, Callable[[], list[Row]]]]:
+Measure = Callable[[Callable[[list[Row]], None]], list[Row]]
+
+
+def groups(options: Options) -> list[tuple[str, str, int, Measure]]:
     """(section, layout, batch size, what measures it) of everything to be measured, in the order of its worth."""
-    found: list[tuple[str, str, int, Callable[[], list[Row]]]] = []
+    found: list[tuple[str, str, int, Measure]] = []
     for layout in options.layouts:
-        for b in options.batch_sizes:
-            found.append(("train", layout, b, lambda layout=layout, b=b: measure_group(options, layout, b)))  # type: ignore[misc]
-    for b in options.ablation:
-        found.append(("ablation", "padded", b, lambda b=b: measure_ablation(options, b)))  # type: ignore[misc]
-    for b in options.inference:
-        found.append(("inference", "padded", b, lambda b=b: measure_inference(options, b)))  # type: ignore[misc]
+        for size in options.batch_sizes:
+            found.append(("train", layout, size, partial(measure_group, options, layout, size)))
+    plain = "padded" if options.synthetic else "real"
+    for size in options.ablation:
+        found.append(("ablation", plain, size, partial(measure_ablation, options, size)))
+    for size in options.inference:
+        found.append(("inference", plain, size, partial(measure_inference, options, size)))
     return found
 
 
@@ -137,7 +142,7 @@ def write(result: dict[str, Any], output: Path) -> None:
 
 
 def run(options: Options, output: Path, budget: float = float("inf")) -> dict[str, Any]:
-    """Measure everything; the files are complete after each group."""
+    """Measure everything; the files hold what there is after each row."""
     result: dict[str, Any] = {
         "machine_info": describe(),
         "arguments": {name: str(value) for name, value in vars(options).items()},
@@ -151,8 +156,12 @@ def run(options: Options, output: Path, budget: float = float("inf")) -> dict[st
         if time.monotonic() - began > budget:
             result["notes"].append(f"{section}, {layout}, batch {batch_size}: not begun, the time was up")
             continue
+
+        def save(rows: list[Row], section: str = section) -> None:
+            write({**result, section: [*result[section], *rows]}, output)
+
         try:
-            result[section] += measure()
+            result[section] += measure(save)
         except (RuntimeError, AssertionError, ValueError) as error:
             row = {"layout": layout, "batch_size": batch_size, "side": "ours", "mode": "", "dtype": ""}
             result[section].append({**row, "reason": failure(error)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from benchmarks.train_step.run import (
     failure,
     free,
     make_batches,
+    nothing,
     peer_sides,
     prepare,
     progress,
@@ -111,7 +112,12 @@ def check_losses(options: Options, batches: Any, batch_size: int, keys: dict[str
     return difference
 
 
-def measure_ablation(options: Options, batch_size: int, switches: Sequence[Switch] = SWITCHES) -> list[Row]:
+def measure_ablation(
+    options: Options,
+    batch_size: int,
+    save: Callable[[list[Row]], None] = nothing,
+    switches: Sequence[Switch] = SWITCHES,
+) -> list[Row]:
     """The base and, for each switch, the base without it, timed in turns with the base.
 
     Each row has ``slower``: the time without the optimisation over the time with it; ``loss_difference``; or
@@ -158,6 +164,7 @@ def measure_ablation(options: Options, batch_size: int, switches: Sequence[Switc
         side = None  # type: ignore[assignment]  # a captured graph keeps its memory as long as it lives
         free()
         logger.info("%s", progress(rows[-1]))
+        save(rows)
     if not base_times:
         (timing,) = measure.turn_by_turn([base.step], options.device, rounds=options.rounds, seconds=options.seconds)
         base_times = timing.seconds
@@ -192,7 +199,9 @@ def equalise_detections(side: Any, wanted: int) -> None:
     raise NotHere(f"fewer than {wanted} detections an image at any score threshold")
 
 
-def measure_inference(options: Options, batch_size: int, detections: int = 100) -> list[Row]:
+def measure_inference(
+    options: Options, batch_size: int, save: Callable[[list[Row]], None] = nothing, detections: int = 100
+) -> list[Row]:
     """Detection with masks in the image: our sides and torchvision's in turns, on the first padded batch.
 
     Both keep 1000 proposals and find ``detections`` an image (:func:`equalise_detections`); both paste their masks into
@@ -232,6 +241,7 @@ def measure_inference(options: Options, batch_size: int, detections: int = 100) 
         except (NotHere, RuntimeError, AssertionError, ValueError) as error:
             rows[-1]["reason"] = failure(error)
             free()
+        save(rows)
     timings = measure.turn_by_turn(
         [side.detect for _, side in ready], options.device, rounds=options.rounds, seconds=options.seconds
     )

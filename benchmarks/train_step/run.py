@@ -209,8 +209,17 @@ def timed(row: Row, timing: measure.Timing, batch_size: int) -> Row:
     }
 
 
-def measure_group(options: Options, layout: str, batch_size: int) -> list[Row]:
-    """One batch size and layout: our sides and torchvision's, in turns. A side that fails has ``reason`` in its row."""
+def nothing(rows: list[Row]) -> None:
+    """For who does not save what there is so far."""
+
+
+def measure_group(
+    options: Options, layout: str, batch_size: int, save: Callable[[list[Row]], None] = nothing
+) -> list[Row]:
+    """One batch size and layout: our sides and torchvision's, in turns. A side that fails has ``reason`` in its row.
+
+    ``save`` is called with the rows so far after each of them.
+    """
     batches = make_batches(options, layout, batch_size)
     makers = list(our_sides(options, batches, batch_size))
     if options.torchvision:
@@ -230,6 +239,7 @@ def measure_group(options: Options, layout: str, batch_size: int) -> list[Row]:
             rows[-1]["reason"] = failure(error)
             free()
         logger.info("%s", progress(rows[-1]))
+        save(rows)
     cycle = len(batches) if layout == "bucketed" else 1
     timings = measure.turn_by_turn(
         [side.step for _, side in ready], options.device, rounds=options.rounds, seconds=options.seconds, cycle=cycle
