@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.train_step import ablation, batches, calibrate, measure, tables
 from benchmarks.train_step.__main__ import groups, main, run
+from benchmarks.train_step.profile import kind_of, measure_profile, table_rows
 from benchmarks.train_step.run import Options, add_utilisation, config, make_batches, measure_group
 from benchmarks.train_step.sides import Ours, known_key
 from fastrcnn_kernels import box_iou
@@ -222,6 +223,36 @@ def test_no_time_left_is_a_note(tmp_path):
     assert result["train"] == []
 
 
+def test_the_profile_lists_what_a_step_runs():
+    (entry,) = measure_profile(options(), 1)
+    assert "reason" not in entry, entry
+    assert sum(row["percent"] for row in entry["kernels"]) == pytest.approx(100)
+    assert sum(row["ms"] for row in entry["kinds"]) == pytest.approx(sum(row["ms"] for row in entry["kernels"]))
+    kinds = {row["kind"] for row in entry["kinds"]}
+    assert {"ours", "convolution", "matrix product"} <= kinds
+    result = {"machine_info": {}, "profile": [entry]}
+    assert "## Where the milliseconds go: ours, batch 1, eager, float32" in tables.markdown(result)
+
+
+def test_kernels_are_sorted_merged_and_named():
+    times = [
+        ("void at::native::add<float, 4>(x)", 3, 1.0),
+        ("void at::native::add<int>(y)", 3, 2.0),
+        ("_sweep", 6, 9.0),
+    ]
+    rows = table_rows(times, steps=3, shown=1)
+    assert [(row["name"], row["calls"], row["ms"]) for row in rows] == [("_sweep", 2, 3), ("1 others", 2, 1)]
+    assert rows[0]["percent"] == 75
+    names = {
+        "sm90_xmma_fprop_implicit_gemm_bf16": "convolution",
+        "cutlass_80_tensorop_bf16_gemm": "matrix product",
+        "_sweep_kernel": "ours",
+        "Memcpy HtoD (Pinned -> Device)": "copy",
+        "at::native::vectorized_elementwise_kernel": "other",
+    }
+    assert {name: kind_of(name) for name in names} == names
+
+
 def row(side: str, speed: float, dtype: str = "float32") -> dict[str, Any]:
     return {
         "layout": "padded",
@@ -273,9 +304,11 @@ def test_real_images(tmp_path):
     shapes.main(["--output", str(tmp_path / "s"), "--num-train", "4", "--num-val", "1", "--image-size", "64"])
     source = f"{tmp_path}/s/annotations/instances_train.json@{tmp_path}/s/images"
     rows = measure_group(options(images=source), "real", 2)
-    assert "reason" not in rows[0], rows
-    assert rows[0]["mean_ground_truths"] > 0
-    assert rows[0]["images_per_second"] > 0
+    assert [row["side"] for row in rows] == ["ours", "ours, loader running"]
+    for found in rows:
+        assert "reason" not in found, found
+        assert found["mean_ground_truths"] > 0
+        assert found["images_per_second"] > 0
 
 
 def test_torchvision_beside_ours():

@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step                                        one batch size, quick
     python -m benchmarks.train_step --batch-sizes 1,2,4,8,16,32 --layouts padded,bucketed --modes eager,graph \\
-        --dtypes float32,bfloat16 --ablation 2,16 --inference 1,8          everything, on a GPU
+        --dtypes float32,bfloat16 --ablation 2,16 --inference 1,8 --profile 2          everything, on a GPU
     python -m benchmarks.train_step --images annotations.json@images       a data set instead of noise
 
 Writes ``OUTPUT/train_step.json`` after each row, so that what was measured outlives a time limit, and
@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.machine import describe
 from benchmarks.train_step.ablation import measure_ablation, measure_inference
+from benchmarks.train_step.profile import measure_profile
 from benchmarks.train_step.run import Options, Row, config, failure, measure_group
 from benchmarks.train_step.sides import DTYPES
 from benchmarks.train_step.tables import markdown
@@ -88,6 +89,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--no-torchvision", action="store_true", help="our sides alone")
     add("--ablation", type=integers, default=(), metavar="SIZES", help="batch sizes of the ablation")
     add("--inference", type=integers, default=(), metavar="SIZES", help="batch sizes of detection")
+    add("--profile", type=integers, default=(), metavar="SIZES", help="batch sizes whose kernels are listed by time")
     add("--peak-tflops", type=float, help="what MFU is a share of; default: a large matrix product, measured")
     add("--budget", type=float, default=float("inf"), help="seconds after which no further group begins")
     add("--output", type=Path, default=ROOT / "output" / "train_step")
@@ -114,6 +116,7 @@ def options_of(args: argparse.Namespace) -> Options:
         torchvision=not args.no_torchvision,
         ablation=args.ablation,
         inference=args.inference,
+        profile=args.profile,
         peak_tflops=args.peak_tflops,
     )
 
@@ -132,6 +135,8 @@ def groups(options: Options) -> list[tuple[str, str, int, Measure]]:
         found.append(("ablation", plain, size, partial(measure_ablation, options, size)))
     for size in options.inference:
         found.append(("inference", plain, size, partial(measure_inference, options, size)))
+    for size in options.profile:
+        found.append(("profile", plain, size, partial(measure_profile, options, size)))
     return found
 
 
@@ -149,6 +154,7 @@ def run(options: Options, output: Path, budget: float = float("inf")) -> dict[st
         "train": [],
         "ablation": [],
         "inference": [],
+        "profile": [],
         "notes": [],
     }
     began = time.monotonic()

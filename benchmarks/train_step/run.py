@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from benchmarks.train_step.batches import (
 )
 from benchmarks.train_step.sides import (
     DTYPES,
+    Loading,
     NotHere,
     Ours,
     Side,
@@ -67,6 +69,7 @@ class Options:
     torchvision: bool = True
     ablation: tuple[int, ...] = ()
     inference: tuple[int, ...] = ()
+    profile: tuple[int, ...] = ()
     peak_tflops: float | None = None
 
     @property
@@ -138,6 +141,15 @@ def our_sides(
                 return Ours(cfg, batches, mode=mode)
 
             yield row, make
+            if not options.synthetic:
+                yield {**row, "side": "ours, loader running"}, partial(_with_loader, make)
+
+
+def _with_loader(make: Callable[[], Side]) -> Side:
+    """The side that ``make`` makes, on batches that the training loader prepares meanwhile."""
+    side = make()
+    assert isinstance(side, Ours)
+    return Loading(side)
 
 
 def peer_sides(options: Options, batches: Sequence[StepBatch], **more: int) -> Iterator[tuple[Row, Callable[[], Side]]]:

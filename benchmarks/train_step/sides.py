@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastrcnn_kernels as kernels
 from benchmarks.train_step import calibrate
 from benchmarks.train_step.batches import StepBatch, to_torchvision
-from fastrcnn.build import build_model
+from fastrcnn.build import build_dataset, build_model, build_train_loader
 from fastrcnn.config import Config, ConfigError, load_config
 from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
 from fastrcnn.engine.step import TrainStep, autocast
@@ -196,6 +196,26 @@ class Ours:
     @property
     def box_predictor(self) -> nn.Module:
         return self.model.roi_heads["box"].predictor
+
+
+class Loading:
+    """Our side on the batches of its training loader as they come: a step waits for the loader where it is slower."""
+
+    def __init__(self, side: Ours) -> None:
+        self.side = side
+        self.mode, self.dtype, self.batches = side.mode, side.dtype, side.batches
+        self.model, self.optimizer, self.positives = side.model, side.optimizer, side.positives
+        cfg = side.cfg
+        self._dataset = build_dataset(cfg, cfg.DATASETS.TRAIN, is_train=True)
+        self._batches = iter(build_train_loader(cfg, self._dataset))
+
+    def step(self, number: int) -> dict[str, Tensor]:
+        try:
+            batch = next(self._batches)
+        except StopIteration:  # SOLVER.MAX_ITER steps are over
+            self._batches = iter(build_train_loader(self.side.cfg, self._dataset))
+            batch = next(self._batches)
+        return self.side.train_step(batch, number)
 
 
 def torchvision_name(amp: torch.dtype | None, channels_last: bool) -> str:

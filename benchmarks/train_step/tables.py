@@ -104,6 +104,15 @@ RATIOS: list[Column] = [
 ]
 
 
+PROFILE: list[Column] = [
+    ("kernel", lambda row: row["name"]),
+    ("kind", lambda row: row["kind"]),
+    ("calls a step", number("calls", ".1f")),
+    ("ms a step", number("ms", ".3f")),
+    ("%", number("percent")),
+]
+
+
 def markdown(result: dict[str, Any]) -> str:
     """All of a run's tables, each after a line that says what it is."""
     lines = [machine_line(result["machine_info"]), ""]
@@ -116,5 +125,12 @@ def markdown(result: dict[str, Any]) -> str:
     ):
         if rows:
             lines += [f"## {title}", "", *table(columns, rows), ""]
+    for entry in result.get("profile", []):
+        what = f"{entry['side']}, batch {entry['batch_size']}, {entry['mode']}, {entry['dtype']}"
+        lines += [f"## Where the milliseconds go: {what}", ""]
+        if "reason" in entry:
+            lines += [entry["reason"], ""]
+            continue
+        lines += [*table(PROFILE[1:], entry["kinds"]), "", *table(PROFILE, entry["kernels"]), ""]
     lines += [f"- {note}" for note in result.get("notes", [])]
     return "\n".join(lines).rstrip() + "\n"
