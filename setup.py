@@ -16,7 +16,9 @@ from pathlib import Path
 import setuptools
 from setuptools.command.build_ext import build_ext
 
-SOURCES = sorted(str(path) for path in Path("kernels/csrc").glob("*.cpp"))
+# The Python module first: it takes longest.
+SOURCES = [str(path) for path in Path("kernels/csrc").glob("*.cpp")]
+SOURCES.sort(key=lambda path: (not path.endswith("module.cpp"), path))
 POLICY = os.environ.get("FASTRCNN_BUILD_EXT", "auto")
 
 if sys.platform == "win32":

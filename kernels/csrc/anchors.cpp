@@ -2,13 +2,11 @@
 //
 // The x coordinates of every row of a level are the same: a thread computes one row and then adds y to copies of it.
 // Bound by the memory that is written.
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
-#include "common.h"
+#include "exports_boxes.h"
 
 namespace {
 
@@ -79,20 +77,15 @@ void grid_anchors(const std::vector<Level>& levels, T* out, int num_threads) {
 
 }  // namespace
 
-void bind_anchors(py::module_& m) {
-  m.def(
-      "grid_anchors",
-      [](const std::vector<std::vector<int64_t>>& table, bool is_double, std::uintptr_t out, int num_threads) {
-        py::gil_scoped_release release;
-        std::vector<Level> levels;
-        for (const auto& entry : table) {
-          levels.push_back({static_cast<std::uintptr_t>(entry[0]), entry[1], entry[2], entry[3], entry[4]});
-        }
-        if (is_double) {
-          grid_anchors(levels, as_pointer<double>(out), num_threads);
-        } else {
-          grid_anchors(levels, as_pointer<float>(out), num_threads);
-        }
-      },
-      "Levels (address of a cell [anchors, 4], anchors, height, width, stride) -> out [all anchors, 4].");
+void kernels::grid_anchors(const std::vector<std::vector<int64_t>>& table, bool is_double, std::uintptr_t out,
+                           int num_threads) {
+  std::vector<Level> levels;
+  for (const auto& entry : table) {
+    levels.push_back({static_cast<std::uintptr_t>(entry[0]), entry[1], entry[2], entry[3], entry[4]});
+  }
+  if (is_double) {
+    ::grid_anchors(levels, as_pointer<double>(out), num_threads);
+  } else {
+    ::grid_anchors(levels, as_pointer<float>(out), num_threads);
+  }
 }

@@ -9,12 +9,10 @@
 #endif
 #include "box_coder.h"
 
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <vector>
 
-#include "common.h"
+#include "exports_boxes.h"
 
 namespace {
 
@@ -23,6 +21,7 @@ using box_coder::Corners;
 using box_coder::decode_box;
 using box_coder::encode_box;
 using box_coder::load_corners;
+using Call = kernels::BoxCoderCall;
 
 constexpr int64_t kBoxesPerThread = 16384;  // some twenty microseconds: less is not worth waking a thread
 constexpr int64_t kScratch = 256;           // boxes whose anchors are repeated at a time
@@ -260,31 +259,24 @@ T* row_of(std::uintptr_t address, int64_t row, int64_t width) {
   return address == 0 ? nullptr : as_pointer<T>(address) + row * width;
 }
 
-struct Call {
-  std::vector<double> weights;
-  int box_offset;
-  double clip;
-  bool is_double;
-  int num_threads;
-
-  // Calls `run(coder)` with the coder of the call's type.
-  template <typename Run>
-  void with_type(Run run) const {
-    py::gil_scoped_release release;
-    if (is_double) {
-      run(Coder<double>(weights.data(), box_offset, clip));
-    } else {
-      run(Coder<float>(weights.data(), box_offset, clip));
-    }
+// Calls `run(coder)` with the coder of the call's type.
+template <typename Run>
+void with_type(const Call& call, Run run) {
+  if (call.is_double) {
+    run(Coder<double>(call.weights.data(), call.box_offset, call.clip));
+  } else {
+    run(Coder<float>(call.weights.data(), call.box_offset, call.clip));
   }
-};
+}
 
 template <typename T>
 T scalar_of(const Coder<T>&);  // names the type of a coder
 
-void decode_boxes(const Call& call, std::uintptr_t deltas, int64_t delta_rows, std::uintptr_t anchors,
-                  int64_t anchor_rows, int64_t rows, int64_t k, std::uintptr_t out) {
-  call.with_type([&](const auto& coder) {
+}  // namespace
+
+void kernels::decode_boxes(const Call& call, std::uintptr_t deltas, int64_t delta_rows, std::uintptr_t anchors,
+                           int64_t anchor_rows, int64_t rows, int64_t k, std::uintptr_t out) {
+  with_type(call, [&](const auto& coder) {
     using T = decltype(scalar_of(coder));
     advise_large_pages(out, rows * k * 4 * static_cast<int64_t>(sizeof(T)));
     in_parts(rows, rows * k, call.num_threads, [&](int64_t begin, int64_t end) {
@@ -295,9 +287,9 @@ void decode_boxes(const Call& call, std::uintptr_t deltas, int64_t delta_rows, s
   });
 }
 
-void encode_boxes(const Call& call, std::uintptr_t boxes, int64_t box_rows, std::uintptr_t anchors,
-                  int64_t anchor_rows, int64_t rows, std::uintptr_t out) {
-  call.with_type([&](const auto& coder) {
+void kernels::encode_boxes(const Call& call, std::uintptr_t boxes, int64_t box_rows, std::uintptr_t anchors,
+                           int64_t anchor_rows, int64_t rows, std::uintptr_t out) {
+  with_type(call, [&](const auto& coder) {
     using T = decltype(scalar_of(coder));
     advise_large_pages(out, rows * 4 * static_cast<int64_t>(sizeof(T)));
     in_parts(rows, rows, call.num_threads, [&](int64_t begin, int64_t end) {
@@ -308,11 +300,11 @@ void encode_boxes(const Call& call, std::uintptr_t boxes, int64_t box_rows, std:
   });
 }
 
-void decode_proposals(const Call& call, std::uintptr_t deltas, std::uintptr_t anchors, int64_t anchor_rows,
-                      std::uintptr_t sizes, int64_t images, int64_t per_image, double min_size, std::uintptr_t out,
-                      std::uintptr_t valid) {
+void kernels::decode_proposals(const Call& call, std::uintptr_t deltas, std::uintptr_t anchors, int64_t anchor_rows,
+                               std::uintptr_t sizes, int64_t images, int64_t per_image, double min_size,
+                               std::uintptr_t out, std::uintptr_t valid) {
   const int64_t* size = as_pointer<const int64_t>(sizes);
-  call.with_type([&](const auto& coder) {
+  with_type(call, [&](const auto& coder) {
     using T = decltype(scalar_of(coder));
     in_parts(images * per_image, images * per_image, call.num_threads, [&](int64_t begin, int64_t end) {
       in_runs(begin, end, per_image, anchor_rows, [&](int64_t row, int64_t count, int64_t, int64_t a) {
@@ -325,10 +317,10 @@ void decode_proposals(const Call& call, std::uintptr_t deltas, std::uintptr_t an
   });
 }
 
-void decode_boxes_backward(const Call& call, std::uintptr_t grad, std::uintptr_t deltas, int64_t delta_rows,
-                           std::uintptr_t anchors, int64_t anchor_rows, int64_t rows, int64_t k,
-                           std::uintptr_t grad_deltas, std::uintptr_t grad_anchors) {
-  call.with_type([&](const auto& coder) {
+void kernels::decode_boxes_backward(const Call& call, std::uintptr_t grad, std::uintptr_t deltas, int64_t delta_rows,
+                                    std::uintptr_t anchors, int64_t anchor_rows, int64_t rows, int64_t k,
+                                    std::uintptr_t grad_deltas, std::uintptr_t grad_anchors) {
+  with_type(call, [&](const auto& coder) {
     using T = decltype(scalar_of(coder));
     in_parts(rows, rows * k, call.num_threads, [&](int64_t begin, int64_t end) {
       in_runs(begin, end, delta_rows, anchor_rows, [&](int64_t row, int64_t count, int64_t d, int64_t a) {
@@ -339,10 +331,10 @@ void decode_boxes_backward(const Call& call, std::uintptr_t grad, std::uintptr_t
   });
 }
 
-void encode_boxes_backward(const Call& call, std::uintptr_t grad, std::uintptr_t boxes, int64_t box_rows,
-                           std::uintptr_t anchors, int64_t anchor_rows, int64_t rows, std::uintptr_t grad_boxes,
-                           std::uintptr_t grad_anchors) {
-  call.with_type([&](const auto& coder) {
+void kernels::encode_boxes_backward(const Call& call, std::uintptr_t grad, std::uintptr_t boxes, int64_t box_rows,
+                                    std::uintptr_t anchors, int64_t anchor_rows, int64_t rows,
+                                    std::uintptr_t grad_boxes, std::uintptr_t grad_anchors) {
+  with_type(call, [&](const auto& coder) {
     using T = decltype(scalar_of(coder));
     in_parts(rows, rows, call.num_threads, [&](int64_t begin, int64_t end) {
       in_runs(begin, end, box_rows, anchor_rows, [&](int64_t row, int64_t count, int64_t b, int64_t a) {
@@ -351,18 +343,4 @@ void encode_boxes_backward(const Call& call, std::uintptr_t grad, std::uintptr_t
       });
     });
   });
-}
-
-}  // namespace
-
-void bind_box_coder(py::module_& m) {
-  py::class_<Call>(m, "BoxCoderCall").def(py::init<std::vector<double>, int, double, bool, int>());
-  m.def("decode_boxes", &decode_boxes, "deltas [.., k, 4], anchors [.., 4], repeated to rows -> out [rows, k, 4].");
-  m.def("encode_boxes", &encode_boxes, "boxes [.., 4], anchors [.., 4], repeated to rows -> out [rows, 4].");
-  m.def("decode_proposals", &decode_proposals,
-        "deltas [images, per_image, 4], anchors repeated, sizes [images, 2] -> clipped boxes and flags of size.");
-  m.def("decode_boxes_backward", &decode_boxes_backward,
-        "grad [rows, k, 4] -> grad_deltas [rows, k, 4] and grad_anchors [rows, 4], either may be absent (0).");
-  m.def("encode_boxes_backward", &encode_boxes_backward,
-        "grad [rows, 4] -> grad_boxes and grad_anchors [rows, 4], either may be absent (0).");
 }

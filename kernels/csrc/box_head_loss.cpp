@@ -12,8 +12,7 @@
 #include <array>
 #include <cstring>
 
-#include <pybind11/stl.h>
-
+#include "exports_losses.h"
 #include "losses.h"
 
 namespace {
@@ -193,39 +192,39 @@ Problem<S> make_problem(std::uintptr_t logits, std::uintptr_t regression, std::u
 
 }  // namespace
 
-void bind_box_head_loss(py::module_& m) {
-  m.def("box_head_loss_forward",
-        [](std::uintptr_t logits, std::uintptr_t regression, std::uintptr_t labels, std::uintptr_t proposals,
-           std::uintptr_t gt_boxes, std::uintptr_t normaliser, std::uintptr_t loss_classifier,
-           std::uintptr_t loss_box, std::uintptr_t lse, std::uintptr_t share, int dtype, int64_t rows,
-           int64_t classes, int64_t columns, const std::array<double, 4>& weights, double beta, int box_offset,
-           int64_t ignore_index, int num_threads) {
-          int64_t wrong = -1;
-#define FASTRCNN_CALL(S)                                                                                             \
+int64_t kernels::box_head_loss_forward(std::uintptr_t logits, std::uintptr_t regression, std::uintptr_t labels,
+                                       std::uintptr_t proposals, std::uintptr_t gt_boxes, std::uintptr_t normaliser,
+                                       std::uintptr_t loss_classifier, std::uintptr_t loss_box, std::uintptr_t lse,
+                                       std::uintptr_t share, int dtype, int64_t rows, int64_t classes, int64_t columns,
+                                       const std::array<double, 4>& weights, double beta, int box_offset,
+                                       int64_t ignore_index, int num_threads) {
+  int64_t wrong = -1;
+#define FASTRCNN_CALL(S)                                                                                            \
   wrong = forward(make_problem<S>(logits, regression, labels, proposals, gt_boxes, rows, classes, columns, weights, \
                                   beta, box_offset, ignore_index, num_threads),                                     \
                   as_pointer<const Compute<S>>(normaliser), as_pointer<Compute<S>>(loss_classifier),                \
                   as_pointer<Compute<S>>(loss_box), as_pointer<Compute<S>>(lse), as_pointer<Compute<S>>(share))
-          FASTRCNN_DISPATCH(dtype, FASTRCNN_CALL)
+  FASTRCNN_DISPATCH(dtype, FASTRCNN_CALL)
 #undef FASTRCNN_CALL
-          return wrong;
-        });
-  m.def("box_head_loss_backward",
-        [](std::uintptr_t grad_classifier, std::uintptr_t grad_box, std::uintptr_t logits, std::uintptr_t regression,
-           std::uintptr_t labels, std::uintptr_t proposals, std::uintptr_t gt_boxes, std::uintptr_t lse,
-           std::uintptr_t share, std::uintptr_t logits_grad, std::uintptr_t regression_grad, int dtype, int64_t rows,
-           int64_t classes, int64_t columns, const std::array<double, 4>& weights, double beta, int box_offset,
-           int64_t ignore_index, int num_threads) {
-#define FASTRCNN_CALL(S)                                                                                        \
-  {                                                                                                             \
-    const Compute<S> factor = *as_pointer<const Compute<S>>(share);                                            \
-    backward(make_problem<S>(logits, regression, labels, proposals, gt_boxes, rows, classes, columns, weights, \
-                             beta, box_offset, ignore_index, num_threads),                                     \
-             *as_pointer<const Compute<S>>(grad_classifier) * factor,                                          \
-             *as_pointer<const Compute<S>>(grad_box) * factor, as_pointer<const Compute<S>>(lse),              \
-             as_pointer<S>(logits_grad), as_pointer<S>(regression_grad));                                      \
+  return wrong;
+}
+
+void kernels::box_head_loss_backward(std::uintptr_t grad_classifier, std::uintptr_t grad_box, std::uintptr_t logits,
+                                     std::uintptr_t regression, std::uintptr_t labels, std::uintptr_t proposals,
+                                     std::uintptr_t gt_boxes, std::uintptr_t lse, std::uintptr_t share,
+                                     std::uintptr_t logits_grad, std::uintptr_t regression_grad, int dtype,
+                                     int64_t rows, int64_t classes, int64_t columns,
+                                     const std::array<double, 4>& weights, double beta, int box_offset,
+                                     int64_t ignore_index, int num_threads) {
+#define FASTRCNN_CALL(S)                                                                                             \
+  {                                                                                                                  \
+    const Compute<S> factor = *as_pointer<const Compute<S>>(share);                                                  \
+    backward(make_problem<S>(logits, regression, labels, proposals, gt_boxes, rows, classes, columns, weights, beta, \
+                             box_offset, ignore_index, num_threads),                                                 \
+             *as_pointer<const Compute<S>>(grad_classifier) * factor,                                                \
+             *as_pointer<const Compute<S>>(grad_box) * factor, as_pointer<const Compute<S>>(lse),                    \
+             as_pointer<S>(logits_grad), as_pointer<S>(regression_grad));                                            \
   }
-          FASTRCNN_DISPATCH(dtype, FASTRCNN_CALL)
+  FASTRCNN_DISPATCH(dtype, FASTRCNN_CALL)
 #undef FASTRCNN_CALL
-        });
 }

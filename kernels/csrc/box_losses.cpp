@@ -6,6 +6,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=fast,no-trapping-math")
 #endif
+#include "exports_losses.h"
 #include "losses.h"
 
 namespace {
@@ -144,17 +145,16 @@ void backward(std::uintptr_t grad_address, std::uintptr_t boxes1, std::uintptr_t
 
 }  // namespace
 
-void bind_box_losses(py::module_& m) {
-  m.def("box_iou_loss_forward",
-        [](std::uintptr_t boxes1, std::uintptr_t boxes2, std::uintptr_t out, int dtype, int64_t count, int kind,
-           double eps, double inner_eps, int reduction, int num_threads) {
-          auto* run = dtype == kFloat64 ? &forward<double> : &forward<float>;
-          run(boxes1, boxes2, out, count, kind, eps, inner_eps, reduction, num_threads);
-        });
-  m.def("box_iou_loss_backward",
-        [](std::uintptr_t grad, std::uintptr_t boxes1, std::uintptr_t boxes2, std::uintptr_t out, int dtype,
-           int64_t count, int kind, double eps, double inner_eps, int reduction, int num_threads) {
-          auto* run = dtype == kFloat64 ? &backward<double> : &backward<float>;
-          run(grad, boxes1, boxes2, out, count, kind, eps, inner_eps, reduction, num_threads);
-        });
+void kernels::box_iou_loss_forward(std::uintptr_t boxes1, std::uintptr_t boxes2, std::uintptr_t out, int dtype,
+                                   int64_t count, int kind, double eps, double inner_eps, int reduction,
+                                   int num_threads) {
+  auto* run = dtype == kFloat64 ? &forward<double> : &forward<float>;
+  run(boxes1, boxes2, out, count, kind, eps, inner_eps, reduction, num_threads);
+}
+
+void kernels::box_iou_loss_backward(std::uintptr_t grad, std::uintptr_t boxes1, std::uintptr_t boxes2,
+                                    std::uintptr_t out, int dtype, int64_t count, int kind, double eps,
+                                    double inner_eps, int reduction, int num_threads) {
+  auto* run = dtype == kFloat64 ? &backward<double> : &backward<float>;
+  run(grad, boxes1, boxes2, out, count, kind, eps, inner_eps, reduction, num_threads);
 }

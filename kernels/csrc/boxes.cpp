@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "common.h"
+#include "exports_boxes.h"
 
 namespace {
 
@@ -172,21 +172,16 @@ void all_pairs(const Problem<T>& p, int kind, int num_threads) {
 
 }  // namespace
 
-void bind_boxes(py::module_& m) {
-  m.def(
-      "pairwise_iou",
-      [](int kind, std::uintptr_t boxes1, std::uintptr_t boxes2, std::uintptr_t angles1, std::uintptr_t angles2,
-         int64_t batches, int64_t n, int64_t m, int64_t stride1, int64_t stride2, int box_offset, double eps,
-         bool is_double, std::uintptr_t out, int num_threads) {
-        py::gil_scoped_release release;
-        const auto run = [&](auto zero) {
-          using T = decltype(zero);
-          const Problem<T> p{as_pointer<const T>(boxes1), as_pointer<const T>(boxes2), as_pointer<const T>(angles1),
-                             as_pointer<const T>(angles2), batches, n, m, stride1, stride2,
-                             static_cast<T>(box_offset), static_cast<T>(eps), as_pointer<T>(out)};
-          all_pairs(p, kind, num_threads);
-        };
-        is_double ? run(0.0) : run(0.0f);
-      },
-      "boxes1 [batches, n, 4], boxes2 [batches, m, 4] -> out [batches, n, m]: IoU, GIoU, DIoU or CIoU by kind.");
+void kernels::pairwise_iou(int kind, std::uintptr_t boxes1, std::uintptr_t boxes2, std::uintptr_t angles1,
+                           std::uintptr_t angles2, int64_t batches, int64_t n, int64_t m, int64_t stride1,
+                           int64_t stride2, int box_offset, double eps, bool is_double, std::uintptr_t out,
+                           int num_threads) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Problem<T> p{as_pointer<const T>(boxes1), as_pointer<const T>(boxes2), as_pointer<const T>(angles1),
+                       as_pointer<const T>(angles2), batches, n, m, stride1, stride2,
+                       static_cast<T>(box_offset), static_cast<T>(eps), as_pointer<T>(out)};
+    all_pairs(p, kind, num_threads);
+  };
+  is_double ? run(0.0) : run(0.0f);
 }

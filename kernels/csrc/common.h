@@ -1,16 +1,13 @@
 // What every CPU kernel shares: the raw-buffer convention and the function multi-versioning macro.
 //
 // A kernel receives addresses as integers (torch.Tensor.data_ptr()), sizes and a thread count. The Python launcher
-// beside it has checked dtype, device, shape and contiguity; nothing here allocates a tensor or knows torch.
+// beside it has checked dtype, device, shape and contiguity; nothing here allocates a tensor or knows torch. The
+// functions called from Python are declared in exports_*.h and bound in module.cpp: no kernel knows pybind11.
 #pragma once
-#include <pybind11/pybind11.h>
-
 #include <cstdint>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-
-namespace py = pybind11;
 
 // Compile a function for several instruction sets and choose at load time, so that one build runs everywhere.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)

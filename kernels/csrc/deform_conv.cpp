@@ -9,30 +9,19 @@
 // Sums may use fused multiply-add. Coordinates hold no product, so they round as in PyTorch.
 #pragma GCC optimize("fp-contract=fast")
 #endif
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <vector>
 
-#include "common.h"
+#include "exports_maps.h"
 
 namespace {
 
 constexpr int64_t kBlock = 64;        // channels of a task of the backward, at most
 constexpr int64_t kPositions = 16;    // positions of a task of the forward
 
-struct Problem {
-  int64_t images, channels, height, width, out_height, out_width, kernel_h, kernel_w;
-  std::array<int64_t, 2> stride, padding, dilation;
-  int64_t groups, offset_groups;
-  std::uintptr_t input, offset, mask;  // mask 0: none
-  int threads;
-
-  int64_t taps() const { return kernel_h * kernel_w; }
-  int64_t positions() const { return out_height * out_width; }
-};
+using Problem = kernels::DeformConvProblem;
 
 // Channels that share a weight group and an offset group.
 struct Run {
@@ -267,8 +256,15 @@ void backward_any(const Problem& p, int64_t start, int64_t count, const T* grad_
   }
 }
 
-void columns(const Problem& p, int64_t start, int64_t count, std::uintptr_t columns, bool wide) {
-  py::gil_scoped_release unlocked;
+template <typename T>
+void backward_typed(const Problem& p, int64_t start, int64_t count, const std::array<std::uintptr_t, 5>& a) {
+  backward_any<T>(p, start, count, as_pointer<const T>(a[0]), as_pointer<T>(a[1]), as_pointer<T>(a[2]),
+                  as_pointer<T>(a[3]), as_pointer<T>(a[4]));
+}
+
+}  // namespace
+
+void kernels::deform_conv_columns(const Problem& p, int64_t start, int64_t count, std::uintptr_t columns, bool wide) {
   if (wide) {
     columns_any<double>(p, start, count, as_pointer<double>(columns));
   } else {
@@ -276,36 +272,12 @@ void columns(const Problem& p, int64_t start, int64_t count, std::uintptr_t colu
   }
 }
 
-template <typename T>
-void backward_typed(const Problem& p, int64_t start, int64_t count, const std::array<std::uintptr_t, 5>& a) {
-  backward_any<T>(p, start, count, as_pointer<const T>(a[0]), as_pointer<T>(a[1]), as_pointer<T>(a[2]),
-                  as_pointer<T>(a[3]), as_pointer<T>(a[4]));
-}
-
 // Addresses: gradient of the columns; columns, gradient of the input, of the offsets and of the mask (or 0).
-void backward(const Problem& p, int64_t start, int64_t count, const std::array<std::uintptr_t, 5>& addresses,
-              bool wide) {
-  py::gil_scoped_release unlocked;
+void kernels::deform_conv_backward(const Problem& p, int64_t start, int64_t count,
+                                   const std::array<std::uintptr_t, 5>& addresses, bool wide) {
   if (wide) {
     backward_typed<double>(p, start, count, addresses);
   } else {
     backward_typed<float>(p, start, count, addresses);
   }
-}
-
-}  // namespace
-
-void bind_deform_conv(py::module_& m) {
-  using Pair = std::array<int64_t, 2>;
-  py::class_<Problem>(m, "DeformConvProblem")
-      .def(py::init([](const std::array<int64_t, 8>& sizes, Pair stride, Pair padding, Pair dilation, int64_t groups,
-                       int64_t offset_groups, std::uintptr_t input, std::uintptr_t offset, std::uintptr_t mask,
-                       int threads) {
-        return Problem{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], stride,
-                       padding, dilation, groups, offset_groups, input, offset, mask, threads};
-      }));
-  m.def("deform_conv_columns", &columns, "Sample the columns [G, count, K, C / G] of count positions from start on.");
-  m.def("deform_conv_backward", &backward,
-        "From the gradient of the columns of count positions: the columns, and the gradients of input (added to), "
-        "offset and mask (written).");
 }

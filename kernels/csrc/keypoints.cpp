@@ -9,7 +9,7 @@
 #include <limits>
 #include <vector>
 
-#include "common.h"
+#include "exports_maps.h"
 
 namespace {
 
@@ -282,9 +282,10 @@ void targets(const T* keypoints, const T* boxes, const T* within, int64_t rows, 
   }
 }
 
-void keypoint_targets(std::uintptr_t keypoints, std::uintptr_t boxes, std::uintptr_t within, bool is_double,
-                      int64_t rows, int64_t points, int64_t size, std::uintptr_t index, std::uintptr_t valid) {
-  py::gil_scoped_release release;
+}  // namespace
+
+void kernels::keypoint_targets(std::uintptr_t keypoints, std::uintptr_t boxes, std::uintptr_t within, bool is_double,
+                               int64_t rows, int64_t points, int64_t size, std::uintptr_t index, std::uintptr_t valid) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     targets(as_pointer<const T>(keypoints), as_pointer<const T>(boxes), as_pointer<const T>(within), rows, points, size,
@@ -293,23 +294,13 @@ void keypoint_targets(std::uintptr_t keypoints, std::uintptr_t boxes, std::uintp
   is_double ? run(double{}) : run(float{});
 }
 
-void keypoints_from_heatmaps(std::uintptr_t maps, std::uintptr_t boxes, bool is_double, int64_t rows, int64_t points,
-                             int height, int width, int largest, std::uintptr_t out, int num_threads) {
-  py::gil_scoped_release release;
+void kernels::keypoints_from_heatmaps(std::uintptr_t maps, std::uintptr_t boxes, bool is_double, int64_t rows,
+                                      int64_t points, int height, int width, int largest, std::uintptr_t out,
+                                      int num_threads) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     peaks(as_pointer<const T>(maps), as_pointer<const T>(boxes), rows, points, height, width, largest,
           as_pointer<T>(out), num_threads);
   };
   is_double ? run(double{}) : run(float{});
-}
-
-}  // namespace
-
-void bind_keypoints(py::module_& m) {
-  m.def("keypoint_targets", &keypoint_targets, py::arg("keypoints"), py::arg("boxes"), py::arg("within"),
-        py::arg("is_double"), py::arg("rows"), py::arg("points"), py::arg("size"), py::arg("index"), py::arg("valid"));
-  m.def("keypoints_from_heatmaps", &keypoints_from_heatmaps, py::arg("maps"), py::arg("boxes"), py::arg("is_double"),
-        py::arg("rows"), py::arg("points"), py::arg("height"), py::arg("width"), py::arg("largest"), py::arg("out"),
-        py::arg("num_threads"));
 }

@@ -9,6 +9,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=fast,no-trapping-math")
 #endif
+#include "exports_losses.h"
 #include "losses.h"
 
 namespace losses {
@@ -255,33 +256,33 @@ void focal_backward(std::uintptr_t grad_address, std::uintptr_t logits_address, 
 }  // namespace
 }  // namespace losses
 
-void bind_losses(py::module_& m) {
-  m.def("smooth_l1_forward", [](std::uintptr_t input, std::uintptr_t target, std::uintptr_t out, int dtype,
+void kernels::smooth_l1_forward(std::uintptr_t input, std::uintptr_t target, std::uintptr_t out, int dtype,
                                 int64_t count, double beta, int reduction, int num_threads) {
 #define FASTRCNN_CALL(S) losses::smooth_l1_forward<S>(input, target, out, count, beta, reduction, num_threads)
-    FASTRCNN_DISPATCH(dtype, FASTRCNN_CALL)
+  FASTRCNN_DISPATCH(dtype, FASTRCNN_CALL)
 #undef FASTRCNN_CALL
-  });
-  m.def("smooth_l1_backward", [](std::uintptr_t grad, std::uintptr_t input, std::uintptr_t target, std::uintptr_t out,
+}
+
+void kernels::smooth_l1_backward(std::uintptr_t grad, std::uintptr_t input, std::uintptr_t target, std::uintptr_t out,
                                  int dtype, int64_t count, double beta, int reduction, int num_threads) {
 #define FASTRCNN_CALL(S) losses::smooth_l1_backward<S>(grad, input, target, out, count, beta, reduction, num_threads)
-    FASTRCNN_DISPATCH(dtype, FASTRCNN_CALL)
+  FASTRCNN_DISPATCH(dtype, FASTRCNN_CALL)
 #undef FASTRCNN_CALL
-  });
-  m.def("focal_loss_forward", [](std::uintptr_t logits, std::uintptr_t targets, int64_t classes, std::uintptr_t out,
-                                 int dtype, int64_t count, double alpha, double gamma, int reduction,
-                                 int num_threads) {
+}
+
+void kernels::focal_loss_forward(std::uintptr_t logits, std::uintptr_t targets, int64_t classes, std::uintptr_t out,
+                                 int dtype, int64_t count, double alpha, double gamma, int reduction, int num_threads) {
 #define FASTRCNN_CALL(S) \
   losses::focal_forward<S>(logits, targets, classes, out, count, alpha, gamma, reduction, num_threads)
-    FASTRCNN_DISPATCH(dtype, FASTRCNN_CALL)
+  FASTRCNN_DISPATCH(dtype, FASTRCNN_CALL)
 #undef FASTRCNN_CALL
-  });
-  m.def("focal_loss_backward", [](std::uintptr_t grad, std::uintptr_t logits, std::uintptr_t targets, int64_t classes,
+}
+
+void kernels::focal_loss_backward(std::uintptr_t grad, std::uintptr_t logits, std::uintptr_t targets, int64_t classes,
                                   std::uintptr_t out, int dtype, int64_t count, double alpha, double gamma,
                                   int reduction, int num_threads) {
 #define FASTRCNN_CALL(S) \
   losses::focal_backward<S>(grad, logits, targets, classes, out, count, alpha, gamma, reduction, num_threads)
-    FASTRCNN_DISPATCH(dtype, FASTRCNN_CALL)
+  FASTRCNN_DISPATCH(dtype, FASTRCNN_CALL)
 #undef FASTRCNN_CALL
-  });
 }

@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "exports_losses.h"
 #include "roi_align_isa.h"
 
 namespace roi_align {
@@ -303,13 +304,17 @@ void by_dtype(int dtype, Call call) {
   }
 }
 
-int64_t mask_loss_forward(std::uintptr_t hidden, int dtype, bool channels_last, int64_t regions, int64_t channels,
-                          int64_t pixels, std::uintptr_t weight, std::uintptr_t bias, int64_t classes,
-                          std::uintptr_t labels, bool relu, int threads, std::uintptr_t targets,
-                          std::uintptr_t normaliser, std::uintptr_t logits, std::uintptr_t loss) {
+}  // namespace
+}  // namespace roi_align
+
+int64_t kernels::mask_loss_forward(std::uintptr_t hidden, int dtype, bool channels_last, int64_t regions,
+                                   int64_t channels, int64_t pixels, std::uintptr_t weight, std::uintptr_t bias,
+                                   int64_t classes, std::uintptr_t labels, bool relu, int threads,
+                                   std::uintptr_t targets, std::uintptr_t normaliser, std::uintptr_t logits,
+                                   std::uintptr_t loss) {
+  using namespace roi_align;
   const Masks m{hidden, regions, classes, weight, bias, as_pointer<const int64_t>(labels),
                 {channels, pixels, channels_last, relu}, threads};
-  py::gil_scoped_release unlocked;
   const int64_t wrong = m.wrong_label();
   if (wrong < 0) {
     by_dtype(dtype, [&](auto kind) {
@@ -320,27 +325,16 @@ int64_t mask_loss_forward(std::uintptr_t hidden, int dtype, bool channels_last, 
   return wrong;
 }
 
-void mask_loss_backward(std::uintptr_t hidden, int dtype, bool channels_last, int64_t regions, int64_t channels,
-                        int64_t pixels, std::uintptr_t weight, std::uintptr_t bias, int64_t classes,
-                        std::uintptr_t labels, bool relu, int threads, std::uintptr_t targets, std::uintptr_t scale,
-                        std::uintptr_t logits, std::uintptr_t grad_hidden, std::uintptr_t grad_weight,
-                        std::uintptr_t grad_bias) {
+void kernels::mask_loss_backward(std::uintptr_t hidden, int dtype, bool channels_last, int64_t regions,
+                                 int64_t channels, int64_t pixels, std::uintptr_t weight, std::uintptr_t bias,
+                                 int64_t classes, std::uintptr_t labels, bool relu, int threads, std::uintptr_t targets,
+                                 std::uintptr_t scale, std::uintptr_t logits, std::uintptr_t grad_hidden,
+                                 std::uintptr_t grad_weight, std::uintptr_t grad_bias) {
+  using namespace roi_align;
   const Masks m{hidden, regions, classes, weight, bias, as_pointer<const int64_t>(labels),
                 {channels, pixels, channels_last, relu}, threads};
-  py::gil_scoped_release unlocked;
   by_dtype(dtype, [&](auto kind) {
     backward<decltype(kind)>(m, as_pointer<const uint8_t>(targets), as_pointer<const double>(scale), logits,
                              grad_hidden, grad_weight, grad_bias);
   });
-}
-
-}  // namespace
-}  // namespace roi_align
-
-void bind_mask_loss(py::module_& m) {
-  m.def("mask_loss_forward", &roi_align::mask_loss_forward,
-        "Write the logits of each region's class and, with targets, the loss. The first region whose label is no "
-        "class, or -1.");
-  m.def("mask_loss_backward", &roi_align::mask_loss_backward,
-        "Write the gradients of features, weights and bias.");
 }

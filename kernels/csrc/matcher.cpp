@@ -9,9 +9,8 @@
 // IoU 0 with that ground truth, which is every box: then all boxes get their own best ground truth.
 //
 // Anchors are computed in the tile: a tile is a piece of one row of one level, whose x are those of every row.
+#include "exports_boxes.h"
 #include "matcher.h"
-
-#include <pybind11/stl.h>
 
 #include <cmath>
 #ifdef _OPENMP
@@ -206,43 +205,33 @@ Problem<T> make_problem(int64_t images, double high, double low, bool low_qualit
 }  // namespace
 }  // namespace matcher
 
-void bind_matcher(py::module_& m) {
-  m.def(
-      "match_boxes",
-      [](std::uintptr_t gt_boxes, std::uintptr_t gt_count, std::uintptr_t boxes, bool is_double, int64_t images,
-         int64_t num_gts, int64_t num_boxes, bool boxes_per_image, double high, double low, bool low_quality,
-         int box_offset, std::uintptr_t out, int num_threads) {
-        py::gil_scoped_release release;
-        const auto run = [&](auto type) {
-          using T = decltype(type);
-          auto problem = matcher::make_problem<T>(images, high, low, low_quality, box_offset, out);
-          problem.boxes = as_pointer<const T>(boxes);
-          problem.boxes_per_image = boxes_per_image;
-          problem.boxes_per_row = num_boxes;
-          matcher::match_boxes(as_pointer<const T>(gt_boxes), as_pointer<const int64_t>(gt_count), problem, num_gts,
-                               num_threads);
-        };
-        is_double ? run(double()) : run(float());
-      },
-      "gt_boxes [images, num_gts, 4], gt_count, boxes [num_boxes, 4] or one such a image -> out [images, num_boxes].");
-  m.def(
-      "match_anchors",
-      [](std::uintptr_t gt_boxes, std::uintptr_t gt_count, const std::vector<std::uintptr_t>& cells,
-         const std::vector<int64_t>& per_cell, const std::vector<int64_t>& grid_sizes,
-         const std::vector<int64_t>& strides, std::uintptr_t image_sizes, bool is_double, int64_t images,
-         int64_t num_gts, double high, double low, bool low_quality, double straddle, int box_offset,
-         std::uintptr_t out, int num_threads) {
-        py::gil_scoped_release release;
-        const auto run = [&](auto type) {
-          using T = decltype(type);
-          auto problem = matcher::make_problem<T>(images, high, low, low_quality, box_offset, out);
-          problem.image_sizes = as_pointer<const int64_t>(image_sizes);
-          problem.straddle = straddle;
-          matcher::match_anchors(as_pointer<const T>(gt_boxes), as_pointer<const int64_t>(gt_count), cells, per_cell,
-                                 grid_sizes, strides, problem, num_gts, num_threads);
-        };
-        is_double ? run(double()) : run(float());
-      },
-      "gt_boxes [images, num_gts, 4], gt_count, cells [per_cell, 4] of each level, image_sizes [images, 2] -> out "
-      "[images, anchors of all levels].");
+void kernels::match_boxes(std::uintptr_t gt_boxes, std::uintptr_t gt_count, std::uintptr_t boxes, bool is_double,
+                          int64_t images, int64_t num_gts, int64_t num_boxes, bool boxes_per_image, double high,
+                          double low, bool low_quality, int box_offset, std::uintptr_t out, int num_threads) {
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    auto problem = matcher::make_problem<T>(images, high, low, low_quality, box_offset, out);
+    problem.boxes = as_pointer<const T>(boxes);
+    problem.boxes_per_image = boxes_per_image;
+    problem.boxes_per_row = num_boxes;
+    matcher::match_boxes(as_pointer<const T>(gt_boxes), as_pointer<const int64_t>(gt_count), problem, num_gts,
+                         num_threads);
+  };
+  is_double ? run(double()) : run(float());
+}
+
+void kernels::match_anchors(std::uintptr_t gt_boxes, std::uintptr_t gt_count, const std::vector<std::uintptr_t>& cells,
+                            const std::vector<int64_t>& per_cell, const std::vector<int64_t>& grid_sizes,
+                            const std::vector<int64_t>& strides, std::uintptr_t image_sizes, bool is_double,
+                            int64_t images, int64_t num_gts, double high, double low, bool low_quality, double straddle,
+                            int box_offset, std::uintptr_t out, int num_threads) {
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    auto problem = matcher::make_problem<T>(images, high, low, low_quality, box_offset, out);
+    problem.image_sizes = as_pointer<const int64_t>(image_sizes);
+    problem.straddle = straddle;
+    matcher::match_anchors(as_pointer<const T>(gt_boxes), as_pointer<const int64_t>(gt_count), cells, per_cell,
+                           grid_sizes, strides, problem, num_gts, num_threads);
+  };
+  is_double ? run(double()) : run(float());
 }

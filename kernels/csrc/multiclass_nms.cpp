@@ -4,7 +4,7 @@
 // for: most are never looked at, and each is compared with the few kept boxes of its class, sixteen at a time. Their order
 // among one another, and so the result, is that of one suppression a class.
 #include "box_coder.h"
-#include "common.h"
+#include "exports_boxes.h"
 #include "nms.h"
 #include "topk.h"
 
@@ -128,26 +128,21 @@ void run(const Problem<T>& p, int num_threads) {
 
 }  // namespace
 
-void bind_multiclass_nms(py::module_& m) {
-  m.def(
-      "multiclass_nms",
-      [](std::uintptr_t boxes, bool doubles, std::uintptr_t scores, std::uintptr_t counts, std::uintptr_t sizes,
-         int64_t images, int64_t rows, int64_t classes, int64_t box_classes, int64_t background, double score_threshold,
-         double iou_threshold, double min_size, int box_offset, int64_t limit, int64_t capacity, bool ties, bool padded,
-         std::uintptr_t out_boxes, std::uintptr_t out_scores, std::uintptr_t labels, std::uintptr_t out_rows,
-         std::uintptr_t kept, int num_threads) {
-        py::gil_scoped_release release;
-        auto go = [&](auto zero) {
-          using T = decltype(zero);
-          run(Problem<T>{as_pointer<const T>(boxes), as_pointer<const T>(scores), as_pointer<const int64_t>(counts),
-                         as_pointer<const int64_t>(sizes), images, rows, classes, box_classes, background,
-                         static_cast<T>(score_threshold), static_cast<T>(iou_threshold), static_cast<T>(min_size),
-                         static_cast<T>(box_offset), !std::isnan(min_size), limit, capacity, ties, padded,
-                         as_pointer<T>(out_boxes), as_pointer<T>(out_scores), as_pointer<int64_t>(labels),
-                         as_pointer<int64_t>(out_rows), as_pointer<int64_t>(kept)},
-              num_threads);
-        };
-        doubles ? go(double()) : go(float());
-      },
-      "boxes [images, rows, box_classes, 4], scores [images, rows, classes]; min_size NaN: any size.");
+void kernels::multiclass_nms(std::uintptr_t boxes, bool doubles, std::uintptr_t scores, std::uintptr_t counts,
+                             std::uintptr_t sizes, int64_t images, int64_t rows, int64_t classes, int64_t box_classes,
+                             int64_t background, double score_threshold, double iou_threshold, double min_size,
+                             int box_offset, int64_t limit, int64_t capacity, bool ties, bool padded,
+                             std::uintptr_t out_boxes, std::uintptr_t out_scores, std::uintptr_t labels,
+                             std::uintptr_t out_rows, std::uintptr_t kept, int num_threads) {
+  auto go = [&](auto zero) {
+    using T = decltype(zero);
+    run(Problem<T>{as_pointer<const T>(boxes), as_pointer<const T>(scores), as_pointer<const int64_t>(counts),
+                   as_pointer<const int64_t>(sizes), images, rows, classes, box_classes, background,
+                   static_cast<T>(score_threshold), static_cast<T>(iou_threshold), static_cast<T>(min_size),
+                   static_cast<T>(box_offset), !std::isnan(min_size), limit, capacity, ties, padded,
+                   as_pointer<T>(out_boxes), as_pointer<T>(out_scores), as_pointer<int64_t>(labels),
+                   as_pointer<int64_t>(out_rows), as_pointer<int64_t>(kept)},
+        num_threads);
+  };
+  doubles ? go(double()) : go(float());
 }

@@ -18,7 +18,7 @@
 #include <numeric>
 #include <vector>
 
-#include "common.h"
+#include "exports_boxes.h"
 #include "nms.h"
 #include "sort.h"
 
@@ -309,28 +309,20 @@ auto with_types(std::uintptr_t boxes, bool double_boxes, std::uintptr_t scores, 
 
 }  // namespace
 
-void bind_nms(py::module_& m) {
-  m.def(
-      "nms_segments",
-      [](std::uintptr_t boxes, bool double_boxes, std::uintptr_t scores, bool double_scores, int64_t segments,
-         int64_t size, double threshold, int box_offset, int64_t max_output, bool skip_absent, std::uintptr_t keep,
-         std::uintptr_t counts, int num_threads) {
-        py::gil_scoped_release release;
-        with_types(boxes, double_boxes, scores, double_scores, [&](auto* b, auto* s) {
-          nms_segments(b, s, segments, size, threshold, box_offset, max_output, skip_absent, as_pointer<int64_t>(keep),
-                       as_pointer<int64_t>(counts), num_threads);
-        });
-      },
-      "boxes [segments, size, 4], scores [segments, size] -> keep [segments, max_output] padded with -1, counts.");
-  m.def(
-      "nms_groups",
-      [](std::uintptr_t boxes, bool double_boxes, std::uintptr_t scores, bool double_scores, std::uintptr_t idxs,
-         int64_t count, double threshold, int box_offset, std::uintptr_t keep, int num_threads) {
-        py::gil_scoped_release release;
-        return with_types(boxes, double_boxes, scores, double_scores, [&](auto* b, auto* s) {
-          return nms_groups(b, s, as_pointer<const int64_t>(idxs), count, threshold, box_offset,
-                            as_pointer<int64_t>(keep), num_threads);
-        });
-      },
-      "boxes [count, 4], scores [count], idxs [count] -> how many of keep [count] were filled, in decreasing score.");
+void kernels::nms_segments(std::uintptr_t boxes, bool double_boxes, std::uintptr_t scores, bool double_scores,
+                           int64_t segments, int64_t size, double threshold, int box_offset, int64_t max_output,
+                           bool skip_absent, std::uintptr_t keep, std::uintptr_t counts, int num_threads) {
+  with_types(boxes, double_boxes, scores, double_scores, [&](auto* b, auto* s) {
+    ::nms_segments(b, s, segments, size, threshold, box_offset, max_output, skip_absent, as_pointer<int64_t>(keep),
+                 as_pointer<int64_t>(counts), num_threads);
+  });
+}
+
+int64_t kernels::nms_groups(std::uintptr_t boxes, bool double_boxes, std::uintptr_t scores, bool double_scores,
+                            std::uintptr_t idxs, int64_t count, double threshold, int box_offset, std::uintptr_t keep,
+                            int num_threads) {
+  return with_types(boxes, double_boxes, scores, double_scores, [&](auto* b, auto* s) {
+    return ::nms_groups(b, s, as_pointer<const int64_t>(idxs), count, threshold, box_offset,
+                      as_pointer<int64_t>(keep), num_threads);
+  });
 }

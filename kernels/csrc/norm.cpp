@@ -6,6 +6,7 @@
 #endif
 #include <algorithm>
 
+#include "exports_maps.h"
 #include "half.h"
 
 namespace {
@@ -131,10 +132,11 @@ void backward(const std::uintptr_t (&a)[5], int64_t outer, int64_t channels, int
   sweep(pass, outer, channels, inner, threads);
 }
 
-void scale_shift(std::uintptr_t x, std::uintptr_t scale, std::uintptr_t shift, std::uintptr_t residual,
-                 std::uintptr_t out, int64_t outer, int64_t channels, int64_t inner, bool relu, int dtype,
-                 int threads) {
-  py::gil_scoped_release unlocked;
+}  // namespace
+
+void kernels::scale_shift(std::uintptr_t x, std::uintptr_t scale, std::uintptr_t shift, std::uintptr_t residual,
+                          std::uintptr_t out, int64_t outer, int64_t channels, int64_t inner, bool relu, int dtype,
+                          int threads) {
   const std::uintptr_t addresses[5] = {x, scale, shift, residual, out};
   switch (dtype) {
     case roi_align::kFloat64: return forward<double, double>(addresses, outer, channels, inner, relu, threads);
@@ -144,10 +146,9 @@ void scale_shift(std::uintptr_t x, std::uintptr_t scale, std::uintptr_t shift, s
   }
 }
 
-void scale_shift_backward(std::uintptr_t grad, std::uintptr_t out, std::uintptr_t scale, std::uintptr_t grad_x,
-                          std::uintptr_t grad_residual, int64_t outer, int64_t channels, int64_t inner, int dtype,
-                          int threads) {
-  py::gil_scoped_release unlocked;
+void kernels::scale_shift_backward(std::uintptr_t grad, std::uintptr_t out, std::uintptr_t scale, std::uintptr_t grad_x,
+                                   std::uintptr_t grad_residual, int64_t outer, int64_t channels, int64_t inner,
+                                   int dtype, int threads) {
   const std::uintptr_t addresses[5] = {grad, out, scale, grad_x, grad_residual};
   switch (dtype) {
     case roi_align::kFloat64: return backward<double, double>(addresses, outer, channels, inner, threads);
@@ -155,13 +156,4 @@ void scale_shift_backward(std::uintptr_t grad, std::uintptr_t out, std::uintptr_
     case roi_align::kBFloat16: return backward<BFloat, float>(addresses, outer, channels, inner, threads);
     default: return backward<float, float>(addresses, outer, channels, inner, threads);
   }
-}
-
-}  // namespace
-
-void bind_norm(py::module_& m) {
-  m.def("scale_shift", &scale_shift,
-        "out = relu(x * scale + shift + residual) over [outer, channels, inner]; x may be out. residual 0: none.");
-  m.def("scale_shift_backward", &scale_shift_backward,
-        "Gradients of x and of the residual (0: not wanted); out 0: there was no ReLU.");
 }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "exports_maps.h"
 #include "preprocess_rows.h"  // conversions of 16-bit floats, FASTRCNN_AVX2
 
 namespace {
@@ -130,11 +131,12 @@ void update_fast(float* params, const float* grads, float* buffer, int64_t count
 }
 #endif
 
-void fused_sgd(std::uintptr_t params_address, std::uintptr_t grads_address, int grads_type,
-               std::uintptr_t buffer_address, std::uintptr_t groups_address, std::uintptr_t settings_address,
-               int64_t count, bool nesterov, std::uintptr_t scale_address, std::uintptr_t found_inf_address,
-               std::uintptr_t copy_address, int copy_type, std::uintptr_t step_address, int num_threads) {
-  py::gil_scoped_release release;
+}  // namespace
+
+void kernels::fused_sgd(std::uintptr_t params_address, std::uintptr_t grads_address, int grads_type,
+                        std::uintptr_t buffer_address, std::uintptr_t groups_address, std::uintptr_t settings_address,
+                        int64_t count, bool nesterov, std::uintptr_t scale_address, std::uintptr_t found_inf_address,
+                        std::uintptr_t copy_address, int copy_type, std::uintptr_t step_address, int num_threads) {
   if (found_inf_address && *as_pointer<const float>(found_inf_address) != 0.0f) return;
   if (step_address) *as_pointer<float>(step_address) += 1.0f;
   auto* params = as_pointer<float>(params_address);
@@ -174,12 +176,4 @@ void fused_sgd(std::uintptr_t params_address, std::uintptr_t grads_address, int 
                 nesterov);
     if (copy) narrow_best(params + begin, copy_type, size, copy + begin);
   }
-}
-
-}  // namespace
-
-void bind_optim(py::module_& m) {
-  m.def("fused_sgd", &fused_sgd, py::arg("params"), py::arg("grads"), py::arg("grads_type"), py::arg("buffer"),
-        py::arg("groups"), py::arg("settings"), py::arg("count"), py::arg("nesterov"), py::arg("scale"),
-        py::arg("found_inf"), py::arg("copy"), py::arg("copy_type"), py::arg("step"), py::arg("num_threads"));
 }

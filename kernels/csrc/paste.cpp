@@ -2,6 +2,7 @@
 //
 // The mask's cells are first spread to the columns of the pixels, once for each row of cells; what is left is a few
 // multiplications a pixel on contiguous memory, compared and stored as bytes.
+#include "exports_maps.h"
 #include "paste.h"
 
 namespace {
@@ -91,15 +92,16 @@ void paste_one(const float* mask, const float* box, int64_t size, int64_t paddin
   }
 }
 
-void paste_masks(std::uintptr_t masks_address, std::uintptr_t boxes_address, int64_t num_masks, int64_t size,
-                 int64_t padding, bool continuous, int64_t height, int64_t width, double threshold,
-                 std::uintptr_t canvas_address, int num_threads) {
+}  // namespace
+
+void kernels::paste_masks(std::uintptr_t masks_address, std::uintptr_t boxes_address, int64_t num_masks, int64_t size,
+                          int64_t padding, bool continuous, int64_t height, int64_t width, double threshold,
+                          std::uintptr_t canvas_address, int num_threads) {
   const auto* masks = as_pointer<const float>(masks_address);
   const auto* boxes = as_pointer<const float>(boxes_address);
   auto* canvas = as_pointer<uint8_t>(canvas_address);  // zeros
   const paste::Image image{height, width};
   const Pixels pixels{static_cast<float>(threshold), continuous};
-  py::gil_scoped_release release;
 
 #pragma omp parallel num_threads(num_threads) if (num_masks > 1)
   {
@@ -111,7 +113,3 @@ void paste_masks(std::uintptr_t masks_address, std::uintptr_t boxes_address, int
     }
   }
 }
-
-}  // namespace
-
-void bind_paste(py::module_& m) { m.def("paste_masks", &paste_masks); }

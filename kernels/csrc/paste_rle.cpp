@@ -4,6 +4,7 @@
 // to. Only pixels between cells on both sides are computed, by the sums that paste.cpp makes; the rest is stepped over.
 #include <string>
 
+#include "exports_maps.h"
 #include "paste.h"
 
 namespace {
@@ -163,44 +164,42 @@ void encode_one(const float* mask, const float* box, int64_t size, int64_t paddi
 }
 
 // Joins the strings; writes where each begins, and the end of the last, to `offsets` [strings + 1].
-py::bytes joined(const std::vector<std::string>& strings, int64_t* offsets) {
+std::string joined(const std::vector<std::string>& strings, int64_t* offsets) {
   std::string all;
   offsets[0] = 0;
   for (size_t i = 0; i < strings.size(); ++i) {
     all += strings[i];
     offsets[i + 1] = static_cast<int64_t>(all.size());
   }
-  return py::bytes(all);
+  return all;
 }
 
-py::bytes paste_masks_rle(std::uintptr_t masks_address, std::uintptr_t boxes_address, int64_t num_masks, int64_t size,
-                          int64_t padding, bool continuous, int64_t height, int64_t width, double threshold_value,
-                          std::uintptr_t offsets_address, int num_threads) {
+}  // namespace
+
+std::string kernels::paste_masks_rle(std::uintptr_t masks_address, std::uintptr_t boxes_address, int64_t num_masks,
+                                     int64_t size, int64_t padding, bool continuous, int64_t height, int64_t width,
+                                     double threshold_value, std::uintptr_t offsets_address, int num_threads) {
   const auto* masks = as_pointer<const float>(masks_address);
   const auto* boxes = as_pointer<const float>(boxes_address);
   const paste::Image image{height, width};
   const Threshold threshold{static_cast<float>(threshold_value), continuous};
   std::vector<std::string> strings(num_masks);
-  {
-    py::gil_scoped_release release;
 #pragma omp parallel num_threads(num_threads) if (num_masks > 1)
-    {
-      paste::Scratch scratch;
-      Toggles toggles;
+  {
+    paste::Scratch scratch;
+    Toggles toggles;
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t k = 0; k < num_masks; ++k) {
-        encode_one(masks + k * size * size, boxes + 4 * k, size, padding, continuous, image, threshold, scratch,
-                   toggles);
-        strings[k] = rle_string(toggles.places, height * width);
-      }
+    for (int64_t k = 0; k < num_masks; ++k) {
+      encode_one(masks + k * size * size, boxes + 4 * k, size, padding, continuous, image, threshold, scratch, toggles);
+      strings[k] = rle_string(toggles.places, height * width);
     }
   }
   return joined(strings, as_pointer<int64_t>(offsets_address));
 }
 
 // From the places where each mask changes, down its columns, a place twice being none: what the GPU finds.
-py::bytes rle_from_places(std::uintptr_t places_address, std::uintptr_t ends_address, int64_t num_masks, int64_t total,
-                          std::uintptr_t offsets_address) {
+std::string kernels::rle_from_places(std::uintptr_t places_address, std::uintptr_t ends_address, int64_t num_masks,
+                                     int64_t total, std::uintptr_t offsets_address) {
   const auto* places = as_pointer<const int64_t>(places_address);
   const auto* ends = as_pointer<const int64_t>(ends_address);
   std::vector<std::string> strings(num_masks);
@@ -211,11 +210,4 @@ py::bytes rle_from_places(std::uintptr_t places_address, std::uintptr_t ends_add
     strings[k] = rle_string(toggles.places, total);
   }
   return joined(strings, as_pointer<int64_t>(offsets_address));
-}
-
-}  // namespace
-
-void bind_paste_rle(py::module_& m) {
-  m.def("paste_masks_rle", &paste_masks_rle);
-  m.def("rle_from_places", &rle_from_places);
 }

@@ -4,9 +4,8 @@
 // bytes, and each output row is blended from these, normalised and stored in one pass over registers; nothing of image
 // size is written but the batch. Pillow's arithmetic is kept to the bit: weights in double, rounded to 22 bits, and a
 // rounding to grey levels between the two passes.
+#include "exports_maps.h"
 #include "preprocess_rows.h"
-
-#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
@@ -323,8 +322,7 @@ void run_batch(Batch& batch, bool portable, int num_threads) {
   }
 }
 
-// address, height, width, row stride, output height, output width, mirrored
-using Description = std::array<int64_t, 7>;
+using Description = kernels::ImageDescription;
 
 std::vector<Image> describe(const std::vector<Description>& rows) {
   std::vector<Image> images;
@@ -338,28 +336,21 @@ std::vector<Image> describe(const std::vector<Description>& rows) {
   return images;
 }
 
-void preprocess_images(const std::vector<Description>& images, const std::vector<double>& mean,
-                       const std::vector<double>& std, bool to_bgr255, int64_t height, int64_t width, int channels,
-                       int type, bool channels_last, std::uintptr_t out, bool portable, int num_threads) {
-  py::gil_scoped_release release;
+}  // namespace
+}  // namespace preprocess
+
+void kernels::preprocess_images(const std::vector<ImageDescription>& images, const std::vector<double>& mean,
+                                const std::vector<double>& std, bool to_bgr255, int64_t height, int64_t width,
+                                int channels, int type, bool channels_last, std::uintptr_t out, bool portable,
+                                int num_threads) {
+  using namespace preprocess;
   Batch batch{describe(images), {}, height, width, channels, type, to_bgr255, channels_last, as_pointer<uint8_t>(out)};
   make_normalize(batch, mean, std);
   run_batch(batch, portable, num_threads);
 }
 
-void resize_image(const Description& image, std::uintptr_t out, bool portable, int num_threads) {
-  py::gil_scoped_release release;
+void kernels::resize_image(const ImageDescription& image, std::uintptr_t out, bool portable, int num_threads) {
+  using namespace preprocess;
   Batch batch{describe({image}), {}, image[4], image[5], 3, kByte, false, true, as_pointer<uint8_t>(out)};
   run_batch(batch, portable, num_threads);
-}
-
-}  // namespace
-}  // namespace preprocess
-
-void bind_preprocess(py::module_& m) {
-  m.def("preprocess_images", &preprocess::preprocess_images, py::arg("images"), py::arg("mean"), py::arg("std"),
-        py::arg("to_bgr255"), py::arg("height"), py::arg("width"), py::arg("channels"), py::arg("type"),
-        py::arg("channels_last"), py::arg("out"), py::arg("portable"), py::arg("num_threads"));
-  m.def("resize_image", &preprocess::resize_image, py::arg("image"), py::arg("out"), py::arg("portable"),
-        py::arg("num_threads"));
 }

@@ -3,14 +3,12 @@
 // The head's outputs are read where they lie, NCHW or channels_last: one pass over the logits (topk.h), and the deltas of
 // the anchors chosen only. Anchors are computed. An image and level is a task; all ranks are by logit, ties by lower
 // index, so that what is chosen does not depend on how a sigmoid rounds.
-#include <pybind11/stl.h>
-
 #include <cstring>
 #include <memory>
 #include <numeric>
 
 #include "box_coder.h"
-#include "common.h"
+#include "exports_boxes.h"
 #include "nms.h"
 #include "topk.h"
 
@@ -261,28 +259,23 @@ void generate(const std::vector<Level>& levels, const int64_t* image_sizes, int6
 
 }  // namespace
 
-void bind_proposals(py::module_& m) {
-  m.def(
-      "generate_proposals",
-      [](const std::vector<int64_t>& rows, int dtype, std::uintptr_t image_sizes, int64_t images, int64_t capacity,
-         int64_t pre_nms_top_n, int64_t max_output, int64_t top_n, bool per_batch, double iou_threshold,
-         double min_size, const std::vector<double>& weights, int box_offset, double clip, std::uintptr_t boxes,
-         std::uintptr_t scores, std::uintptr_t counts, int num_threads) {
-        py::gil_scoped_release release;
-        std::vector<Level> levels;
-        for (size_t i = 0; i < rows.size(); i += 8) levels.emplace_back(rows.data() + i);
-        auto run = [&](auto value, auto zero) {
-          using T = decltype(zero);
-          const Settings<T> settings{pre_nms_top_n, max_output, top_n, per_batch, iou_threshold, box_offset,
-                                     static_cast<T>(min_size), {weights.data(), box_offset, clip}};
-          generate<decltype(value)>(levels, as_pointer<const int64_t>(image_sizes), images, capacity, settings,
-                                    as_pointer<T>(boxes), as_pointer<T>(scores), as_pointer<int64_t>(counts),
-                                    num_threads);
-        };
-        if (dtype == 0) run(float(), float());
-        if (dtype == 1) run(double(), double());
-        if (dtype == 2) run(topk::Float16(), float());
-        if (dtype == 3) run(topk::BFloat16(), float());
-      },
-      "rows: eight integers a level (see Level); dtype 0 to 3: float, double, half, bfloat16.");
+void kernels::generate_proposals(const std::vector<int64_t>& rows, int dtype, std::uintptr_t image_sizes,
+                                 int64_t images, int64_t capacity, int64_t pre_nms_top_n, int64_t max_output,
+                                 int64_t top_n, bool per_batch, double iou_threshold, double min_size,
+                                 const std::vector<double>& weights, int box_offset, double clip, std::uintptr_t boxes,
+                                 std::uintptr_t scores, std::uintptr_t counts, int num_threads) {
+  std::vector<Level> levels;
+  for (size_t i = 0; i < rows.size(); i += 8) levels.emplace_back(rows.data() + i);
+  auto run = [&](auto value, auto zero) {
+    using T = decltype(zero);
+    const Settings<T> settings{pre_nms_top_n, max_output, top_n, per_batch, iou_threshold, box_offset,
+                               static_cast<T>(min_size), {weights.data(), box_offset, clip}};
+    generate<decltype(value)>(levels, as_pointer<const int64_t>(image_sizes), images, capacity, settings,
+                              as_pointer<T>(boxes), as_pointer<T>(scores), as_pointer<int64_t>(counts),
+                              num_threads);
+  };
+  if (dtype == 0) run(float(), float());
+  if (dtype == 1) run(double(), double());
+  if (dtype == 2) run(topk::Float16(), float());
+  if (dtype == 3) run(topk::BFloat16(), float());
 }

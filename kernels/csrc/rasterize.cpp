@@ -7,7 +7,7 @@
 #include <cmath>
 #include <vector>
 
-#include "common.h"
+#include "exports_maps.h"
 
 namespace {
 
@@ -71,10 +71,13 @@ void fill_polygon(const uint8_t* toggles, int64_t size, uint8_t* mask) {
   }
 }
 
-void rasterize_polygons(std::uintptr_t vertices_address, int64_t num_vertices, std::uintptr_t polygon_offsets_address,
-                  int64_t num_polygons, std::uintptr_t instance_offsets_address, int64_t num_instances,
-                  std::uintptr_t idxs_address, std::uintptr_t boxes_address, std::uintptr_t clip_address,
-                  int64_t num_regions, int64_t size, std::uintptr_t masks_address, int num_threads) {
+}  // namespace
+
+void kernels::rasterize_polygons(std::uintptr_t vertices_address, int64_t num_vertices,
+                                 std::uintptr_t polygon_offsets_address, int64_t num_polygons,
+                                 std::uintptr_t instance_offsets_address, int64_t num_instances,
+                                 std::uintptr_t idxs_address, std::uintptr_t boxes_address, std::uintptr_t clip_address,
+                                 int64_t num_regions, int64_t size, std::uintptr_t masks_address, int num_threads) {
   const auto* vertices = as_pointer<const float>(vertices_address);
   const auto* polygon_offsets = as_pointer<const int64_t>(polygon_offsets_address);
   const auto* instance_offsets = as_pointer<const int64_t>(instance_offsets_address);
@@ -82,7 +85,6 @@ void rasterize_polygons(std::uintptr_t vertices_address, int64_t num_vertices, s
   const auto* boxes = as_pointer<const float>(boxes_address);
   const auto* clip = as_pointer<const float>(clip_address);  // null: corners are clamped at 0 only
   auto* masks = as_pointer<uint8_t>(masks_address);          // zeros
-  py::gil_scoped_release release;
 
 #pragma omp parallel num_threads(num_threads)
   {
@@ -118,13 +120,4 @@ void rasterize_polygons(std::uintptr_t vertices_address, int64_t num_vertices, s
       }
     }
   }
-}
-
-}  // namespace
-
-void bind_rasterize(py::module_& m) {
-  m.def("rasterize_polygons", &rasterize_polygons, py::arg("vertices"), py::arg("num_vertices"), py::arg("polygon_offsets"),
-        py::arg("num_polygons"), py::arg("instance_offsets"), py::arg("num_instances"), py::arg("idxs"),
-        py::arg("boxes"), py::arg("clip"), py::arg("num_regions"), py::arg("size"), py::arg("masks"),
-        py::arg("num_threads"));
 }

@@ -5,6 +5,7 @@
 // those along the outline, are summed.
 #include <cstring>
 
+#include "exports_maps.h"
 #include "paste.h"
 
 namespace {
@@ -167,14 +168,15 @@ void align_one(const Bitmap& bitmap, const float* box, int64_t size, Samples& y,
   }
 }
 
-void rasterize_bitmaps(std::uintptr_t bitmaps_address, int64_t num_bitmaps, int64_t height, int64_t width,
-                       std::uintptr_t idxs_address, std::uintptr_t boxes_address, int64_t num_regions, int64_t size,
-                       bool align, std::uintptr_t masks_address, int num_threads) {
+}  // namespace
+
+void kernels::rasterize_bitmaps(std::uintptr_t bitmaps_address, int64_t num_bitmaps, int64_t height, int64_t width,
+                                std::uintptr_t idxs_address, std::uintptr_t boxes_address, int64_t num_regions,
+                                int64_t size, bool align, std::uintptr_t masks_address, int num_threads) {
   const auto* bitmaps = as_pointer<const uint8_t>(bitmaps_address);
   const auto* idxs = as_pointer<const int64_t>(idxs_address);
   const auto* boxes = as_pointer<const float>(boxes_address);
   auto* masks = as_pointer<uint8_t>(masks_address);
-  py::gil_scoped_release release;
 
 #pragma omp parallel num_threads(num_threads) if (num_regions > 8)
   {
@@ -200,7 +202,3 @@ void rasterize_bitmaps(std::uintptr_t bitmaps_address, int64_t num_bitmaps, int6
     }
   }
 }
-
-}  // namespace
-
-void bind_rasterize_bitmaps(py::module_& m) { m.def("rasterize_bitmaps", &rasterize_bitmaps); }

@@ -7,11 +7,10 @@
 // Sums may use fused multiply-add here; coordinates, which may not, are computed in roi_align_plan.cpp.
 #pragma GCC optimize("fp-contract=fast")
 #endif
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <type_traits>
 
+#include "exports_maps.h"
 #include "roi_align_isa.h"
 
 namespace roi_align {
@@ -113,29 +112,15 @@ int64_t forward(const Problem& p, std::uintptr_t out_address) {
   return -1;
 }
 
-int64_t run(const Problem& p, std::uintptr_t out) {
-  py::gil_scoped_release unlocked;
+}  // namespace
+}  // namespace roi_align
+
+int64_t kernels::roi_align_forward(const roi_align::Problem& p, std::uintptr_t out) {
+  using namespace roi_align;
   switch (p.dtype) {
     case kFloat64: return forward<double>(p, out);
     case kFloat16: return forward<Half>(p, out);
     case kBFloat16: return forward<BFloat>(p, out);
     default: return forward<float>(p, out);
   }
-}
-
-}  // namespace
-}  // namespace roi_align
-
-void bind_roi_align_backward(py::module_& m);
-
-void bind_roi_align(py::module_& m) {
-  using namespace roi_align;
-  py::class_<Level>(m, "RoiAlignLevel").def(py::init<std::uintptr_t, int, int, double>());
-  py::class_<Problem>(m, "RoiAlignProblem")
-      .def(py::init<std::vector<Level>, int64_t, int64_t, int64_t, std::uintptr_t, std::uintptr_t, int, int, int, bool,
-                    bool, int, int>());
-  m.def("roi_align_forward", &run,
-        "Pool every region into out (dense, in the features' layout). The first region that names a missing image or "
-        "level, or -1.");
-  bind_roi_align_backward(m);
 }

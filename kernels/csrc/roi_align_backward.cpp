@@ -6,11 +6,10 @@
 // Sums may use fused multiply-add here; coordinates, which may not, are computed in roi_align_plan.cpp.
 #pragma GCC optimize("fp-contract=fast")
 #endif
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <type_traits>
 
+#include "exports_maps.h"
 #include "roi_align_isa.h"
 
 namespace roi_align {
@@ -143,21 +142,15 @@ int64_t backward(const Problem& p, std::uintptr_t grad_address) {
   return -1;
 }
 
-int64_t run(const Problem& p, std::uintptr_t grad) {
-  py::gil_scoped_release unlocked;
+}  // namespace
+}  // namespace roi_align
+
+int64_t kernels::roi_align_backward(const roi_align::Problem& p, std::uintptr_t grad) {
+  using namespace roi_align;
   switch (p.dtype) {
     case kFloat64: return backward<double>(p, grad);
     case kFloat16: return backward<Half>(p, grad);
     case kBFloat16: return backward<BFloat>(p, grad);
     default: return backward<float>(p, grad);
   }
-}
-
-}  // namespace
-}  // namespace roi_align
-
-void bind_roi_align_backward(py::module_& m) {
-  m.def("roi_align_backward", &roi_align::run,
-        "Write the gradients of all levels (the problem's levels are the outputs) from that of the pooled regions. The "
-        "first region that names a missing image or level, or -1.");
 }

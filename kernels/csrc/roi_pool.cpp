@@ -2,8 +2,6 @@
 // and type of the map, so that a pixel of all of them is one comparison of vectors, and pools every region of the image
 // while they are in its cache. In the backward a task owns the planes that it adds to, region after region, so that the
 // result is the same for any number of threads. Rounding is that of fastrcnn_kernels/roi_pool.py, without contraction.
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -11,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "exports_maps.h"
 #include "half.h"
 #include "roi_align_isa.h"
 
@@ -262,9 +261,13 @@ void backward_at(const Sizes& s, const std::array<std::uintptr_t, 4>& a, bool la
 
 Sizes sizes_of(const std::array<int64_t, 7>& s) { return {s[0], s[1], s[2], s[3], s[4], s[5], s[6]}; }
 
-int64_t run_forward(std::uintptr_t input, std::uintptr_t rois, std::uintptr_t out, std::uintptr_t argmax,
-                    const std::array<int64_t, 7>& sizes, double scale, bool channels_last, int dtype, int threads) {
-  py::gil_scoped_release unlocked;
+}  // namespace
+}  // namespace roi_pool
+
+int64_t kernels::roi_pool_forward(std::uintptr_t input, std::uintptr_t rois, std::uintptr_t out, std::uintptr_t argmax,
+                                  const std::array<int64_t, 7>& sizes, double scale, bool channels_last, int dtype,
+                                  int threads) {
+  using namespace roi_pool;
   const Sizes s = sizes_of(sizes);
   const std::array<std::uintptr_t, 4> a{input, rois, out, argmax};
   switch (dtype) {
@@ -275,9 +278,9 @@ int64_t run_forward(std::uintptr_t input, std::uintptr_t rois, std::uintptr_t ou
   }
 }
 
-void run_backward(std::uintptr_t out, std::uintptr_t rois, std::uintptr_t grad, std::uintptr_t argmax,
-                  const std::array<int64_t, 7>& sizes, bool channels_last, int dtype, int threads) {
-  py::gil_scoped_release unlocked;
+void kernels::roi_pool_backward(std::uintptr_t out, std::uintptr_t rois, std::uintptr_t grad, std::uintptr_t argmax,
+                                const std::array<int64_t, 7>& sizes, bool channels_last, int dtype, int threads) {
+  using namespace roi_pool;
   const Sizes s = sizes_of(sizes);
   const std::array<std::uintptr_t, 4> a{out, rois, grad, argmax};
   switch (dtype) {
@@ -286,14 +289,4 @@ void run_backward(std::uintptr_t out, std::uintptr_t rois, std::uintptr_t grad, 
     case roi_align::kBFloat16: return backward_at<BFloat>(s, a, channels_last, threads);
     default: return backward_at<float>(s, a, channels_last, threads);
   }
-}
-
-}  // namespace
-}  // namespace roi_pool
-
-void bind_roi_pool(py::module_& m) {
-  m.def("roi_pool_forward", &roi_pool::run_forward,
-        "Pool every region: values and pixels. The first region that names a missing image, or -1. Sizes: N, C, H, W, "
-        "K, PH, PW.");
-  m.def("roi_pool_backward", &roi_pool::run_backward, "Write the gradient of the map.");
 }

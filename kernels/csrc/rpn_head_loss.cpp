@@ -3,8 +3,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=fast")
 #endif
-#include <pybind11/stl.h>
-
+#include "exports_losses.h"
 #include "roi_align_isa.h"
 #include "rpn_loss.h"
 
@@ -29,9 +28,7 @@ struct Map {
   }
 };
 
-using Described = std::tuple<std::uintptr_t, int64_t, int64_t, std::array<int64_t, 4>>;
-
-std::vector<Map> maps_of(const std::vector<Described>& described) {
+std::vector<Map> maps_of(const std::vector<kernels::FeatureMap>& described) {
   std::vector<Map> maps;
   for (const auto& [address, height, width, strides] : described) maps.push_back({address, height, width, strides});
   return maps;
@@ -137,12 +134,15 @@ void scatter(const std::vector<Map>& maps, int64_t images, int64_t slots, int64_
   }
 }
 
-void rpn_patches(const std::vector<Described>& described, int64_t element_size, int64_t images, int64_t slots,
-                 int64_t channels, std::uintptr_t indices, int64_t num_anchors, bool channels_last,
-                 std::uintptr_t out, int threads) {
+}  // namespace
+}  // namespace rpn
+
+void kernels::rpn_patches(const std::vector<FeatureMap>& described, int64_t element_size, int64_t images, int64_t slots,
+                          int64_t channels, std::uintptr_t indices, int64_t num_anchors, bool channels_last,
+                          std::uintptr_t out, int threads) {
+  using namespace rpn;
   const auto maps = maps_of(described);
   const auto* index = as_pointer<const int64_t>(indices);
-  py::gil_scoped_release unlocked;
   const auto run = [&](auto element) {
     using E = decltype(element);
     gather<E>(maps, images, slots, channels, index, num_anchors, channels_last, as_pointer<E>(out), threads);
@@ -150,12 +150,12 @@ void rpn_patches(const std::vector<Described>& described, int64_t element_size, 
   element_size == 8 ? run(uint64_t{}) : element_size == 4 ? run(uint32_t{}) : run(uint16_t{});
 }
 
-void rpn_scatter_patches(const std::vector<Described>& described, int dtype, int64_t images, int64_t slots,
-                         int64_t channels, std::uintptr_t indices, int64_t num_anchors, bool channels_last,
-                         std::uintptr_t rows, int threads) {
+void kernels::rpn_scatter_patches(const std::vector<FeatureMap>& described, int dtype, int64_t images, int64_t slots,
+                                  int64_t channels, std::uintptr_t indices, int64_t num_anchors, bool channels_last,
+                                  std::uintptr_t rows, int threads) {
+  using namespace rpn;
   const auto maps = maps_of(described);
   const auto* index = as_pointer<const int64_t>(indices);
-  py::gil_scoped_release unlocked;
   const auto run = [&](auto element) {
     using S = decltype(element);
     scatter<S>(maps, images, slots, channels, index, num_anchors, channels_last, as_pointer<const S>(rows), threads);
@@ -166,13 +166,4 @@ void rpn_scatter_patches(const std::vector<Described>& described, int dtype, int
     case roi_align::kBFloat16: return run(BFloat{});
     default: return run(float{});
   }
-}
-
-}  // namespace
-}  // namespace rpn
-
-void bind_rpn_head_loss(py::module_& m) {
-  m.def("rpn_patches", &rpn::rpn_patches, "Write the 3x3 neighbourhoods of the features at the sampled positions.");
-  m.def("rpn_scatter_patches", &rpn::rpn_scatter_patches,
-        "Write dense maps: zeros, and the sums of the rows that reach each pixel, in the order of the slots.");
 }

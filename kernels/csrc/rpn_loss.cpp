@@ -2,9 +2,8 @@
 //
 // A few hundred anchors an image: the forward is one thread's work of some microseconds. The dense gradient is zeros,
 // written by all threads, and a few hundred stores.
+#include "exports_losses.h"
 #include "rpn_loss.h"
-
-#include <pybind11/stl.h>
 
 #include <cmath>
 
@@ -148,43 +147,36 @@ void by_dtype(int dtype, Call call) {
   }
 }
 
-using Described = std::tuple<std::uintptr_t, std::uintptr_t, int64_t, int64_t, std::array<int64_t, 4>,
-                             std::array<int64_t, 4>>;
-
-std::vector<Level> levels_of(const std::vector<Described>& described) {
+std::vector<Level> levels_of(const std::vector<kernels::RpnLevel>& described) {
   std::vector<Level> levels;
   for (const auto& [objectness, deltas, height, width, objectness_strides, deltas_strides] : described)
     levels.push_back({objectness, deltas, height, width, objectness_strides, deltas_strides});
   return levels;
 }
 
-void rpn_loss_forward(const std::vector<Described>& described, int dtype, int64_t num_anchors,
-                      const std::vector<int64_t>& strides, const std::array<std::uintptr_t, 7>& tensors, int64_t images,
-                      int64_t slots, int64_t total, int64_t num_gt, double beta, int box_offset,
-                      std::uintptr_t losses, std::uintptr_t slopes) {
+}  // namespace
+}  // namespace rpn
+
+void kernels::rpn_loss_forward(const std::vector<RpnLevel>& described, int dtype, int64_t num_anchors,
+                               const std::vector<int64_t>& strides, const std::array<std::uintptr_t, 7>& tensors,
+                               int64_t images, int64_t slots, int64_t total, int64_t num_gt, double beta,
+                               int box_offset, std::uintptr_t losses, std::uintptr_t slopes) {
+  using namespace rpn;
   const auto levels = levels_of(described);
   const Sample sample{tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], tensors[5], tensors[6],
                       images, slots, total, num_gt, beta, box_offset};
-  py::gil_scoped_release unlocked;
   by_dtype(dtype, [&](auto kind) {
     forward<decltype(kind)>(levels, num_anchors, strides, sample, losses, slopes);
   });
 }
 
-void rpn_loss_backward(const std::vector<Described>& described, int dtype, int64_t num_anchors, std::uintptr_t indices,
-                       std::uintptr_t slopes, std::uintptr_t grad, int64_t images, int64_t slots, int threads) {
+void kernels::rpn_loss_backward(const std::vector<RpnLevel>& described, int dtype, int64_t num_anchors,
+                                std::uintptr_t indices, std::uintptr_t slopes, std::uintptr_t grad, int64_t images,
+                                int64_t slots, int threads) {
+  using namespace rpn;
   const auto levels = levels_of(described);
-  py::gil_scoped_release unlocked;
   by_dtype(dtype, [&](auto kind) {
     backward<decltype(kind)>(levels, num_anchors, as_pointer<const int64_t>(indices), slopes, grad, images, slots,
                              threads);
   });
-}
-
-}  // namespace
-}  // namespace rpn
-
-void bind_rpn_loss(py::module_& m) {
-  m.def("rpn_loss_forward", &rpn::rpn_loss_forward, "Write both losses and their slopes in each slot's outputs.");
-  m.def("rpn_loss_backward", &rpn::rpn_loss_backward, "Write the dense gradients: zeros, and the slopes of each slot.");
 }

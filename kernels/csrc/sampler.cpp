@@ -4,6 +4,7 @@
 // most the largest that can still be drawn are looked at one by one. That limit falls quickly: of n entries in random
 // order about k ln(n / k) are ever among the k smallest. Counts, positives and negatives come out of the same pass.
 // Threads share an image by stretches; what they found is merged by key, so the draw does not depend on them.
+#include "exports_boxes.h"
 #include "sampler.h"
 
 #ifdef _OPENMP
@@ -94,31 +95,25 @@ void philox(uint32_t (&counter)[4], uint32_t key0, uint32_t key1) {
 }  // namespace
 }  // namespace sampler
 
-void bind_sampler(py::module_& m) {
-  m.def(
-      "sample_balanced",
-      [](std::uintptr_t labels, int label_bytes, std::uintptr_t seeds, int64_t images, int64_t entries, int64_t size,
-         int64_t most_positives, int64_t first_positive, std::uintptr_t indices, std::uintptr_t num_pos,
-         std::uintptr_t num_sampled, int num_threads) {
-        py::gil_scoped_release release;
-        const auto run = [&](auto type) {
-          using L = decltype(type);
-          sampler::sample(as_pointer<const L>(labels), as_pointer<const int64_t>(seeds), images, entries, size,
-                          most_positives, static_cast<L>(first_positive), as_pointer<int64_t>(indices),
-                          as_pointer<int64_t>(num_pos), as_pointer<int64_t>(num_sampled), num_threads);
-        };
-        label_bytes == 1 ? run(int8_t()) : label_bytes == 4 ? run(int32_t()) : run(int64_t());
-      },
-      "labels [images, entries] of 1, 4 or 8 bytes, seeds [images] -> indices [images, size], num_pos, num_sampled.");
-  m.def(
-      "image_seeds",
-      [](std::uintptr_t image_ids, int64_t count, uint64_t seed, uint32_t step, uint32_t stream, std::uintptr_t out) {
-        const auto* ids = as_pointer<const uint64_t>(image_ids);
-        for (int64_t i = 0; i < count; ++i) {
-          uint32_t words[4] = {static_cast<uint32_t>(ids[i]), static_cast<uint32_t>(ids[i] >> 32), step, stream};
-          sampler::philox(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-          as_pointer<uint64_t>(out)[i] = words[0] | static_cast<uint64_t>(words[1]) << 32;
-        }
-      },
-      "image_ids [count] -> a seed of 64 bits for each.");
+void kernels::sample_balanced(std::uintptr_t labels, int label_bytes, std::uintptr_t seeds, int64_t images,
+                              int64_t entries, int64_t size, int64_t most_positives, int64_t first_positive,
+                              std::uintptr_t indices, std::uintptr_t num_pos, std::uintptr_t num_sampled,
+                              int num_threads) {
+  const auto run = [&](auto type) {
+    using L = decltype(type);
+    sampler::sample(as_pointer<const L>(labels), as_pointer<const int64_t>(seeds), images, entries, size,
+                    most_positives, static_cast<L>(first_positive), as_pointer<int64_t>(indices),
+                    as_pointer<int64_t>(num_pos), as_pointer<int64_t>(num_sampled), num_threads);
+  };
+  label_bytes == 1 ? run(int8_t()) : label_bytes == 4 ? run(int32_t()) : run(int64_t());
+}
+
+void kernels::image_seeds(std::uintptr_t image_ids, int64_t count, uint64_t seed, uint32_t step, uint32_t stream,
+                          std::uintptr_t out) {
+  const auto* ids = as_pointer<const uint64_t>(image_ids);
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t words[4] = {static_cast<uint32_t>(ids[i]), static_cast<uint32_t>(ids[i] >> 32), step, stream};
+    sampler::philox(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    as_pointer<uint64_t>(out)[i] = words[0] | static_cast<uint64_t>(words[1]) << 32;
+  }
 }

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "box_coder.h"
-#include "common.h"
+#include "exports_boxes.h"
 
 namespace {
 
@@ -141,20 +141,15 @@ int64_t soft_nms(const T* boxes, const T* scores, int64_t count, const Rule<T>& 
 
 }  // namespace
 
-void bind_soft_nms(py::module_& m) {
-  m.def(
-      "soft_nms",
-      [](std::uintptr_t boxes, bool doubles, std::uintptr_t scores, int64_t count, double threshold, double sigma,
-         double min_score, bool gaussian, int box_offset, std::uintptr_t keep, std::uintptr_t rescored) {
-        py::gil_scoped_release release;
-        auto run = [&](auto zero) {
-          using T = decltype(zero);
-          const Rule<T> rule{static_cast<T>(threshold), static_cast<T>(sigma), static_cast<T>(min_score),
-                             static_cast<T>(box_offset), gaussian};
-          return soft_nms(as_pointer<const T>(boxes), as_pointer<const T>(scores), count, rule,
-                          as_pointer<int64_t>(keep), as_pointer<T>(rescored));
-        };
-        return doubles ? run(double()) : run(float());
-      },
-      "boxes [count, 4], scores [count] -> how many of keep and rescored were filled, in order of selection.");
+int64_t kernels::soft_nms(std::uintptr_t boxes, bool doubles, std::uintptr_t scores, int64_t count, double threshold,
+                          double sigma, double min_score, bool gaussian, int box_offset, std::uintptr_t keep,
+                          std::uintptr_t rescored) {
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Rule<T> rule{static_cast<T>(threshold), static_cast<T>(sigma), static_cast<T>(min_score),
+                       static_cast<T>(box_offset), gaussian};
+    return ::soft_nms(as_pointer<const T>(boxes), as_pointer<const T>(scores), count, rule,
+                    as_pointer<int64_t>(keep), as_pointer<T>(rescored));
+  };
+  return doubles ? run(double()) : run(float());
 }
