@@ -6,8 +6,9 @@
     cfg.MODEL.RPN.NMS_THRESH
     print(dump_config(cfg))
 
-``schema`` has the keys, ``checks`` the rules between them, ``reader`` reads YAML, ``load`` puts a file and the command
-line together, ``write`` is the way back, ``describe`` has the words for messages and for docs/configuration.md.
+``schema`` has the keys (``model_schema`` those under MODEL), ``checks`` the rules between them, ``reader`` reads
+YAML, ``load`` puts a file and the command line together, ``write`` is the way back, ``describe`` has the words for
+messages and for docs/configuration.md.
 ``python -m fastrcnn.config FILE [KEY VALUE ...]`` prints the effective configuration.
 """
 
