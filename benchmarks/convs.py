@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fastrcnn_kernels as kernels
 from benchmarks.machine import describe
 from benchmarks.report import machine_line
 from benchmarks.train_step.sides import DTYPES, known_key
@@ -34,6 +35,9 @@ from fastrcnn.config import ConfigError, load_config
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 PASSES = ("forward", "dgrad", "wgrad")
+PROVIDERS = ("torch", "ours") if hasattr(kernels, "conv2d") else ("torch",)
+# Of ours from torch's, of norms: a pass is rounded in the type, Winograd's also between its steps.
+MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 SLOWER = 1.1  # by what a time has to grow to be called slower
 
 Row = dict[str, Any]
@@ -133,8 +137,8 @@ def collect(
     return distinct(found)
 
 
-def torch_calls(conv: Convolution, x: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Callable[[], Any]]]:
-    """The output, and torch's operator for each pass that training needs."""
+def torch_calls(conv: Convolution, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, dict[str, Callable[[], Any]]]:
+    """The output, a gradient of it, and torch's operator for each pass that training needs."""
     arguments = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.transposed, [0, 0], conv.groups)
     output = torch.ops.aten.convolution(x, weight, None, *arguments)
     gradient = torch.randn_like(output)
@@ -147,7 +151,31 @@ def torch_calls(conv: Convolution, x: Tensor, weight: Tensor) -> tuple[Tensor, d
         calls["dgrad"] = backward([True, False, False])
     if conv.wgrad:
         calls["wgrad"] = backward([False, True, False])
-    return output, calls
+    return output, gradient, calls
+
+
+def our_calls(conv: Convolution, x: Tensor, weight: Tensor, gradient: Tensor) -> dict[str, Callable[[], Any]]:
+    """:func:`fastrcnn_kernels.conv2d` for each pass that training needs; nothing for what it does not do."""
+    if conv.transposed:
+        return {}
+    geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+
+    def backward(wanted: list[bool]) -> Callable[[], Any]:
+        return lambda: torch.ops.fastrcnn_kernels.conv2d_backward(gradient, x, weight, None, None, *geometry, wanted)
+
+    calls: dict[str, Callable[[], Any]] = {"forward": lambda: kernels.conv2d(x, weight, None, *geometry)}
+    if conv.dgrad:
+        calls["dgrad"] = backward([True, False, False, False])
+    if conv.wgrad:
+        calls["wgrad"] = backward([False, True, False, False])
+    return calls
+
+
+def difference(name: str, ours: Any, theirs: Any) -> float:
+    """Norm of the difference of what a pass computes over the norm of torch's."""
+    place = {"dgrad": 0, "wgrad": 1}.get(name)
+    a, b = (ours, theirs) if place is None else (ours[place], theirs[place])
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
 
 
 def clock(call: Callable[[], Any], device: torch.device, seconds: float, warmup: int) -> float:
@@ -180,30 +208,54 @@ def measure(
     """A row for each convolution, type, layout and provider; what failed has ``reason`` in it."""
     rows: list[Row] = []
     began = time.monotonic()
-    warmup = 3 if device.type == "cuda" else 1
     for dtype in dtypes:
         for conv in convolutions:
-            for layout, memory_format in LAYOUTS.items():
-                row = {
-                    "conv": str(conv), "module": conv.name, "times": conv.times, "dtype": dtype, "layout": layout,
-                    "provider": "torch",
-                }  # fmt: skip
-                rows.append(row)
-                if time.monotonic() - began > budget:
-                    row["reason"] = "not begun, the time was up"
-                    continue
-                try:
-                    x = torch.randn(conv.input, device=device, dtype=DTYPES[dtype])
-                    weight = torch.randn(conv.weight, device=device, dtype=DTYPES[dtype]) * 0.02
-                    x, weight = (t.contiguous(memory_format=memory_format) for t in (x, weight))
-                    output, calls = torch_calls(conv, x, weight)
-                    row["gflop"] = conv.flops(output) / 1e9
-                    for name, call in calls.items():
-                        row[f"{name}_ms"] = clock(call, device, seconds, warmup)
-                        row[f"{name}_tflops"] = row["gflop"] / row[f"{name}_ms"]
-                except RuntimeError as error:
-                    row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            for layout in LAYOUTS:
+                for provider in PROVIDERS if not conv.transposed else PROVIDERS[:1]:
+                    row = {
+                        "conv": str(conv), "module": conv.name, "times": conv.times, "dtype": dtype, "layout": layout,
+                        "provider": provider,
+                    }  # fmt: skip
+                    rows.append(row)
+                    if time.monotonic() - began > budget:
+                        row["reason"] = "not begun, the time was up"
+                        continue
+                    try:
+                        row |= one_row(conv, device, DTYPES[dtype], LAYOUTS[layout], provider, seconds)
+                    except RuntimeError as error:
+                        row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return rows
+
+
+def one_row(
+    conv: Convolution,
+    device: torch.device,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    provider: str,
+    seconds: float,
+) -> Row:
+    """``gflop`` of a pass, and ``_ms`` and ``_tflops`` of each; of ours the largest ``difference`` from torch's.
+
+    Raises:
+        RuntimeError: ours computes something else.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(conv.input, device=device, dtype=dtype)
+    weight = torch.randn(conv.weight, device=device, dtype=dtype) * 0.02
+    x, weight = (t.contiguous(memory_format=memory_format) for t in (x, weight))
+    output, gradient, calls = torch_calls(conv, x, weight)
+    row: Row = {"gflop": conv.flops(output) / 1e9}
+    if provider == "ours":
+        theirs, calls = calls, our_calls(conv, x, weight, gradient)
+        row["difference"] = max(difference(name, call(), theirs[name]()) for name, call in calls.items())
+        limit = MOST_DIFFERENCE[dtype]
+        if not row["difference"] <= limit:
+            raise RuntimeError(f"ours differs from torch's by {row['difference']:.1e}, more than {limit:g}: not timed")
+    for name, call in calls.items():
+        row[f"{name}_ms"] = clock(call, device, seconds, warmup=3 if device.type == "cuda" else 1)
+        row[f"{name}_tflops"] = row["gflop"] / row[f"{name}_ms"]
+    return row
 
 
 def sums(rows: Sequence[Row]) -> list[Row]:
@@ -270,7 +322,8 @@ def columns(*names: str) -> list[Column]:
 
 def markdown(result: dict[str, Any]) -> str:
     rows = [
-        *columns("conv", "module", "times", "dtype", "layout", "provider"), *timings(), ("why not", text("reason")),
+        *columns("conv", "module", "times", "dtype", "layout", "provider"), *timings(),
+        ("difference", number("difference", ".0e")), ("why not", text("reason")),
     ]  # fmt: skip
     together = [
         *columns("dtype", "layout", "provider"), *timings(), ("all ms", number("all_ms", ".2f")),

@@ -95,6 +95,18 @@ def test_the_counter_sees_operators_flops_and_reads():
     assert operators >= 3
 
 
+def test_our_convolution_has_the_flops_of_torchs():
+    x, weight = torch.ones(1, 3, 8, 8), torch.ones(4, 3, 3, 3)
+    output = torch.conv2d(x, weight)
+    forward = measure.OUR_FLOPS["fastrcnn_kernels::conv2d"]
+    backward = measure.OUR_FLOPS["fastrcnn_kernels::conv2d_backward"]
+    one = 2 * 4 * 6 * 6 * 3 * 9
+    assert forward(x, weight, None, None, None, True, [1, 1], [0, 0], [1, 1], 1, out_val=output) == one
+    geometry = ([1, 1], [0, 0], [1, 1], 1)
+    for wanted, times in (([True] * 4, 2), ([False, True, True, False], 1), ([False] * 4, 0)):
+        assert backward(output, x, weight, None, None, *geometry, wanted, out_val=()) == times * one
+
+
 def test_the_phases_are_those_of_a_step_and_in_its_order(side):
     found = measure.phases(side.model, side.optimizer, CPU, side.step, [0])
     assert tuple(found) == measure.PHASES

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -145,6 +145,22 @@ def phases(
     return {name: statistics.median(run[name] for run in runs) for name in PHASES if all(name in run for run in runs)}
 
 
+def _conv2d_flops(x: Tensor, weight: Tensor, *_: Any, out_val: Tensor) -> int:
+    return 2 * out_val.numel() * weight[0].numel()
+
+
+def _conv2d_backward_flops(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: Any) -> int:
+    return 2 * grad.numel() * weight[0].numel() * sum(rest[-1][:2])  # wanted: x, weight, bias, residual
+
+
+# What flop_registry is for torch's operators, for ours that are convolutions: the multiplications of a direct one,
+# which Winograd's has fewer of.
+OUR_FLOPS: dict[str, Callable[..., int]] = {
+    "fastrcnn_kernels::conv2d": _conv2d_flops,
+    "fastrcnn_kernels::conv2d_backward": _conv2d_backward_flops,
+}
+
+
 class Counter(TorchDispatchMode):
     """What a step asks of the dispatcher, backward included.
 
@@ -166,7 +182,7 @@ class Counter(TorchDispatchMode):
             self.operators += 1
         masked = name in INDEXING and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         self.reads += name in READS_DATA or masked
-        count = flop_registry.get(func._overloadpacket)
+        count = flop_registry.get(func._overloadpacket) or OUR_FLOPS.get(name)
         if count is not None:
             self.flops += int(count(*args, **kwargs, out_val=result))
         return result
