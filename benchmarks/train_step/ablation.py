@@ -240,6 +240,7 @@ def measure_inference(
             ready.append((len(rows) - 1, side))
         except (NotHere, RuntimeError, AssertionError, ValueError) as error:
             rows[-1]["reason"] = failure(error)
+        if "reason" in rows[-1]:
             free()
         save(rows)
     timings = measure.turn_by_turn(

@@ -187,7 +187,7 @@ def prepare(side: Any, options: Options) -> Row:
     for number in range(options.warmup):
         side.step(number)
     counter = measure.Counter()
-    with measure.count_syncs(device) as syncs, peak_memory(device) as memory, counter:
+    with peak_memory(device) as memory, measure.count_syncs(device) as syncs, counter:
         losses = side.step(0)
     values = {name: float(loss.detach()) for name, loss in losses.items()}
     if not all(map(math.isfinite, values.values())):
@@ -249,7 +249,8 @@ def measure_group(
             ready.append((len(rows) - 1, side))
         except (NotHere, RuntimeError, AssertionError, ValueError) as error:
             rows[-1]["reason"] = failure(error)
-            free()
+        if "reason" in rows[-1]:
+            free()  # not before: the error holds the frames, and they what did not fit
         logger.info("%s", progress(rows[-1]))
         save(rows)
     cycle = len(batches) if layout == "bucketed" else 1
