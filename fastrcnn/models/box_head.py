@@ -25,31 +25,55 @@ class SampledBoxes:
 
     Attributes:
         boxes: float [N, S, 4].
+        rois: float [N, S, 5], the same with the index of the image in front, -1 where padded.
         labels: int64 [N, S]: the class of the matched ground truth, 0 for background, IGNORED where padded.
         matched_idxs: int64 [N, S]: index of the matched ground truth; 0 where not positive.
+        gt_boxes: float [N, S, 4], the box of that ground truth.
+        positive_rois: float [N, M, 5], of the slots that can be positive; image -1 where not.
+        positive_labels: int64 [N, M]; -1 where not positive.
+        instances: int64 [N, M], ``image * G + matched_idxs``; -1 where not positive.
+        total_positive: int64 [], of the batch, at least 1.
         num_positive, num_sampled: int64 [N].
-        max_positive: most positives an image can have (a host integer); slots beyond it are never positive.
     """
 
     boxes: Tensor
+    rois: Tensor
     labels: Tensor
     matched_idxs: Tensor
+    gt_boxes: Tensor
+    positive_rois: Tensor
+    positive_labels: Tensor
+    instances: Tensor
+    total_positive: Tensor
     num_positive: Tensor
     num_sampled: Tensor
-    max_positive: int
 
-    def _before(self, count: Tensor) -> Tensor:
-        return torch.arange(self.labels.shape[1], device=self.labels.device) < count[:, None]
+    @classmethod
+    def gather(
+        cls,
+        proposals: Proposals,
+        targets: Targets,
+        matched: Tensor,
+        indices: Tensor,
+        num_positive: Tensor,
+        num_sampled: Tensor,
+        *,
+        max_positive: int,
+    ) -> SampledBoxes:
+        """The sample of :func:`fastrcnn_kernels.sample_balanced` from proposals matched with ``matched`` [N, P].
 
-    @property
-    def positive(self) -> Tensor:
-        """bool [N, S]."""
-        return self._before(self.num_positive)
+        ``max_positive`` is M, the most positives an image can have (a host integer).
+        """
+        found = kernels.gather_regions(
+            proposals.boxes, targets.boxes, targets.labels, matched, indices, num_positive, num_sampled,
+            most_positives=max_positive, ignore_label=IGNORED,
+        )  # fmt: skip
+        return cls(*found, num_positive=num_positive, num_sampled=num_sampled)
 
-    @property
-    def valid(self) -> Tensor:
-        """bool [N, S]."""
-        return self._before(self.num_sampled)
+    def of_positives(self, box_features: Tensor) -> Tensor:
+        """The rows [N * M, ...] of the slots that can be positive, of what all slots [N * S, ...] have."""
+        images, slots = self.labels.shape
+        return box_features.unflatten(0, (images, slots))[:, : self.positive_labels.shape[1]].flatten(0, 1)
 
 
 class FPN2MLPFeatureExtractor(nn.Module):
@@ -174,9 +198,8 @@ class BoxHead(nn.Module):
     @torch.no_grad()
     def sample(self, proposals: Proposals, targets: Targets, seeds: Tensor) -> SampledBoxes:
         """Match proposals to the ground truth and draw the balanced sample."""
-        gt_boxes = targets.boxes.to(proposals.boxes.dtype)
         matched = kernels.match_boxes(
-            gt_boxes,
+            targets.boxes.to(proposals.boxes.dtype),
             targets.count,
             proposals.boxes,
             high_threshold=self.fg_iou_threshold,
@@ -184,47 +207,30 @@ class BoxHead(nn.Module):
             allow_low_quality_matches=False,
             box_offset=self.convention.box_offset,
         )  # [N, P]
-        matched = torch.where(proposals.valid, matched, -2)  # what lies behind an image's proposals is not drawn
         indices, num_positive, num_sampled = kernels.sample_balanced(
-            matched, self.batch_size_per_image, self.positive_fraction, seeds, first_positive=0
+            matched, self.batch_size_per_image, self.positive_fraction, seeds, first_positive=0, count=proposals.count
         )  # [N, S], [N], [N]
-        slot = torch.arange(indices.shape[1], device=indices.device)
-        positive = slot < num_positive[:, None]
-        indices = indices.clamp(min=0)
-        matched_idxs = torch.where(positive, matched.gather(1, indices), 0)
-        labels = torch.where(positive, targets.labels.gather(1, matched_idxs), 0)
-        return SampledBoxes(
-            boxes=proposals.boxes.gather(1, indices[..., None].expand(-1, -1, 4)),
-            labels=torch.where(slot < num_sampled[:, None], labels, IGNORED),
-            matched_idxs=matched_idxs,
-            num_positive=num_positive,
-            num_sampled=num_sampled,
-            max_positive=min(int(self.batch_size_per_image * self.positive_fraction), indices.shape[1]),
-        )
+        most = min(int(self.batch_size_per_image * self.positive_fraction), indices.shape[1])
+        return SampledBoxes.gather(proposals, targets, matched, indices, num_positive, num_sampled, max_positive=most)
 
-    def forward_train(
-        self, features: Sequence[Tensor], sampled: SampledBoxes, targets: Targets
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward_train(self, features: Sequence[Tensor], sampled: SampledBoxes) -> tuple[Tensor, dict[str, Tensor]]:
         """The features of the sampled boxes and the losses ``loss_classifier`` and ``loss_box_reg``."""
-        x = self.feature_extractor(features, to_rois(sampled.boxes, sampled.valid))
+        x = self.feature_extractor(features, sampled.rois.flatten(0, 1))
         class_logits, box_regression = self.predictor(x)
-        return x, self.losses(class_logits, box_regression, sampled, targets)
+        return x, self.losses(class_logits, box_regression, sampled)
 
-    def losses(
-        self, class_logits: Tensor, box_regression: Tensor, sampled: SampledBoxes, targets: Targets
-    ) -> dict[str, Tensor]:
+    def losses(self, class_logits: Tensor, box_regression: Tensor, sampled: SampledBoxes) -> dict[str, Tensor]:
         """Cross entropy and smooth L1 of the matched class's box, both divided by the number of sampled boxes.
 
         Args:
             class_logits: [N * S, classes]. box_regression: [N * S, 4 * box classes].
         """
-        gt_boxes = targets.boxes.gather(1, sampled.matched_idxs[..., None].expand(-1, -1, 4))
         loss_classifier, loss_box_reg = kernels.box_head_loss(
             class_logits,
             box_regression,
             sampled.labels.flatten(),
             sampled.boxes.flatten(0, 1),
-            gt_boxes.flatten(0, 1),
+            sampled.gt_boxes.flatten(0, 1),
             weights=self.bbox_reg_weights,
             beta=self.convention.box_beta,
             box_offset=self.convention.box_offset,

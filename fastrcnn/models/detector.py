@@ -104,7 +104,7 @@ class GeneralizedRCNN(nn.Module):
         if proposals is not None:
             box: BoxHead = self.roi_heads["box"]  # type: ignore[assignment]
             sampled = box.sample(proposals, targets, self._seeds(images, box_head.SAMPLING_STREAM))
-            box_features, box_losses = box.forward_train(features, sampled, targets)
+            box_features, box_losses = box.forward_train(features, sampled)
             losses |= box_losses
             if "mask" in self.roi_heads:
                 mask: MaskHead = self.roi_heads["mask"]  # type: ignore[assignment]

@@ -13,7 +13,7 @@ import fastrcnn_kernels as kernels
 from fastrcnn.conventions import Convention
 from fastrcnn.models.box_head import IGNORED, SampledBoxes
 from fastrcnn.models.layers import at_least_float32, conv_kaiming_normal
-from fastrcnn.models.pooler import Pooler, to_rois
+from fastrcnn.models.pooler import Pooler
 from fastrcnn.structures import PERSON, BoxList, Keypoints, Targets
 
 
@@ -102,10 +102,9 @@ class KeypointHead(nn.Module):
         if targets.keypoints is None or targets.keypoints.shape[2] != self.num_keypoints:
             has = "no" if targets.keypoints is None else targets.keypoints.shape[2]
             raise ValueError(f"the keypoint head needs {self.num_keypoints} keypoints an instance, targets have {has}")
-        slots = slice(0, sampled.max_positive)
-        rois = to_rois(sampled.boxes[:, slots], sampled.positive[:, slots])
+        rois = sampled.positive_rois.flatten(0, 1)
         if box_features is not None:
-            box_features = box_features.unflatten(0, sampled.labels.shape)[:, slots].flatten(0, 1)
+            box_features = sampled.of_positives(box_features)
         with torch.no_grad():
             wanted = self._targets(sampled, targets)  # [N * slots, K]
         if self.positives_only:
@@ -120,12 +119,12 @@ class KeypointHead(nn.Module):
     def _targets(self, sampled: SampledBoxes, targets: Targets) -> Tensor:
         """int64 [N * slots, K]: the heat map's cell of each keypoint of each positive region, else IGNORED."""
         assert targets.keypoints is not None
-        slots = slice(0, sampled.max_positive)
+        slots = slice(0, sampled.positive_labels.shape[1])
         boxes, matched = sampled.boxes[:, slots], sampled.matched_idxs[:, slots]
         points = targets.keypoints.gather(1, matched[..., None, None].expand(-1, -1, self.num_keypoints, 3))
         within: Tensor | None = None
         if self.convention.keypoint_filter == "ground_truth":
-            within = targets.boxes.gather(1, matched[..., None].expand(-1, -1, 4)).to(boxes.dtype)
+            within = sampled.gt_boxes[:, slots]
         elif self.convention.keypoint_filter == "proposal":
             within = boxes
         cell, valid = kernels.keypoint_targets(
@@ -134,7 +133,7 @@ class KeypointHead(nn.Module):
             self.resolution,
             visible_within=None if within is None else within.flatten(0, 1),
         )  # [N * slots, K] each
-        return torch.where(valid & sampled.positive[:, slots].flatten()[:, None], cell, IGNORED)
+        return torch.where(valid & (sampled.positive_labels.flatten() >= 0)[:, None], cell, IGNORED)
 
     def forward_test(self, features: Sequence[Tensor], detections: Sequence[BoxList]) -> list[BoxList]:
         """The detections with ``keypoints``: place and score of the best cell of each heat map; all labelled 1."""

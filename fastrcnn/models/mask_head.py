@@ -14,7 +14,7 @@ from fastrcnn.conventions import Convention
 from fastrcnn.models.box_head import SampledBoxes
 from fastrcnn.models.layers import NormFactory, at_least_float32, conv_kaiming_normal
 from fastrcnn.models.mask_targets import bitmap_targets, polygon_targets
-from fastrcnn.models.pooler import Pooler, to_rois
+from fastrcnn.models.pooler import Pooler
 from fastrcnn.structures import BoxList, ImageList, Targets
 
 
@@ -162,17 +162,12 @@ class MaskHead(nn.Module):
         ``box_features`` [N * S, C, M / 2, M / 2]: the box head's features of the sampled boxes, where the two heads
         share their extractor (``SHARE_BOX_FEATURE_EXTRACTOR``); else the head makes its own.
         """
-        slots = slice(0, sampled.max_positive)
-        positive = sampled.positive[:, slots]  # [N, M]
-        boxes, labels = sampled.boxes[:, slots], sampled.labels[:, slots]
-        rois = to_rois(boxes, positive)
-        first = torch.arange(len(boxes), device=boxes.device)[:, None] * targets.labels.shape[1]
-        instance = torch.where(positive, first + sampled.matched_idxs[:, slots], -1).flatten()
-        labels = torch.where(positive, labels, -1).flatten()
+        rois = sampled.positive_rois.flatten(0, 1)
+        labels, instance = sampled.positive_labels.flatten(), sampled.instances.flatten()
         if box_features is not None:
-            box_features = box_features.unflatten(0, sampled.labels.shape)[:, slots].flatten(0, 1)
+            box_features = sampled.of_positives(box_features)
         if self.positives_only:
-            real = positive.flatten().nonzero().squeeze(1)
+            real = (labels >= 0).nonzero().squeeze(1)
             rois, labels, instance = rois[real], labels[real], instance[real]
             box_features = box_features[real] if box_features is not None else None
 
@@ -180,7 +175,7 @@ class MaskHead(nn.Module):
             rule = polygon_targets if self.convention.mask_target == "polygon" else bitmap_targets
             mask_targets = rule(targets, instance, rois[:, 1:], self.resolution, images)  # [K, M, M]
         x = self.feature_extractor(features, rois) if box_features is None else box_features
-        normaliser = sampled.num_positive.sum().clamp(min=1) * self.resolution**2
+        normaliser = sampled.total_positive * self.resolution**2
         return {"loss_mask": self.predictor.loss(x, labels, mask_targets, normaliser)}
 
     def forward_test(self, features: Sequence[Tensor], detections: Sequence[BoxList]) -> list[BoxList]:

@@ -199,24 +199,6 @@ class RPN(nn.Module):
             box_offset=self.convention.box_offset,
             clip=self.convention.delta_clip,
         )
-        proposals = Proposals(boxes=boxes, scores=scores, count=count)
-        return _append(proposals, targets) if self.training and targets is not None else proposals
-
-
-def _append(proposals: Proposals, targets: Targets) -> Proposals:
-    """The ground truth, with score 1, behind the proposals of each image."""
-    room, added = proposals.boxes.shape[1], targets.boxes.shape[1]
-    count = proposals.count[:, None]  # [N, 1]
-    slot = torch.arange(room + added, device=count.device)  # [P + G]
-    last = count + targets.count[:, None]  # [N, 1]
-    # Behind the ground truth comes what is left of the proposals' padding, and then that of the ground truth.
-    behind = torch.where(slot - targets.count[:, None] < room, slot - targets.count[:, None], slot)  # [N, P + G]
-    source = torch.where(slot < count, slot, torch.where(slot < last, slot - count + room, behind))  # [N, P + G]
-    ones = torch.where(targets.valid, proposals.scores.new_ones(()), -torch.inf)  # [N, G]
-    boxes = torch.cat([proposals.boxes, targets.boxes.to(proposals.boxes.dtype)], dim=1)
-    scores = torch.cat([proposals.scores, ones], dim=1)
-    return Proposals(
-        boxes=boxes.gather(1, source[..., None].expand(-1, -1, 4)),
-        scores=scores.gather(1, source),
-        count=proposals.count + targets.count,
-    )
+        if self.training and targets is not None:
+            boxes, scores, count = kernels.append_boxes(boxes, scores, count, targets.boxes, targets.count)
+        return Proposals(boxes=boxes, scores=scores, count=count)

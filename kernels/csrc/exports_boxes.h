@@ -57,13 +57,24 @@ void match_anchors(std::uintptr_t gt_boxes, std::uintptr_t gt_count, const std::
                    std::uintptr_t out, int num_threads);
 
 // sampler.cpp
-// labels [images, entries] of 1, 4 or 8 bytes, seeds [images] -> indices [images, size], num_pos, num_sampled.
-void sample_balanced(std::uintptr_t labels, int label_bytes, std::uintptr_t seeds, int64_t images, int64_t entries,
-                     int64_t size, int64_t most_positives, int64_t first_positive, std::uintptr_t indices,
-                     std::uintptr_t num_pos, std::uintptr_t num_sampled, int num_threads);
+// labels [images, entries] of 1, 4 or 8 bytes, seeds [images], counts [images] or 0 for all entries -> indices [images,
+// size], num_pos, num_sampled.
+void sample_balanced(std::uintptr_t labels, int label_bytes, std::uintptr_t seeds, std::uintptr_t counts,
+                     int64_t images, int64_t entries, int64_t size, int64_t most_positives, int64_t first_positive,
+                     std::uintptr_t indices, std::uintptr_t num_pos, std::uintptr_t num_sampled, int num_threads);
 // image_ids [count] -> a seed of 64 bits for each.
 void image_seeds(std::uintptr_t image_ids, int64_t count, uint64_t seed, uint32_t step, uint32_t stream,
                  std::uintptr_t out);
+
+// regions.cpp
+// Addresses of boxes [images, room, 4], scores, count, added [images, more, 4], added_count -> boxes, scores, count.
+void append_boxes(const std::vector<std::uintptr_t>& pointers, int dtype, int64_t images, int64_t room, int64_t more);
+// Addresses of boxes, gt_boxes, gt_labels, matched, indices, num_positive, num_sampled -> the nine outputs.
+void gather_regions(const std::vector<std::uintptr_t>& pointers, int dtype, int64_t images, int64_t slots, int64_t room,
+                    int64_t ground_truths, int64_t most_positives, int64_t ignore_label);
+// boxes [count, 4], `stride` elements apart, and the smallest area of each level but the first -> levels [count].
+void assign_levels(std::uintptr_t boxes, int64_t stride, int dtype, int64_t count, const std::vector<double>& areas,
+                   int box_offset, std::uintptr_t levels);
 
 // nms.cpp
 // boxes [segments, size, 4], scores [segments, size] -> keep [segments, max_output] padded with -1, counts.

@@ -44,6 +44,9 @@ void bind_boxes(py::module_& m) {
   m.def("match_anchors", &kernels::match_anchors, unlocked);
   m.def("sample_balanced", &kernels::sample_balanced, unlocked);
   m.def("image_seeds", &kernels::image_seeds);
+  m.def("append_boxes", &kernels::append_boxes);
+  m.def("gather_regions", &kernels::gather_regions);
+  m.def("assign_levels", &kernels::assign_levels);
   m.def("nms_segments", &kernels::nms_segments, unlocked);
   m.def("nms_groups", &kernels::nms_groups, unlocked);
   m.def("soft_nms", &kernels::soft_nms, unlocked);

@@ -31,7 +31,7 @@ void write_drawn(std::vector<uint64_t>& items, int64_t count, int64_t* out) {
 }
 
 template <typename L>
-void sample(const L* labels, const int64_t* seeds, int64_t images, int64_t entries, int64_t size,
+void sample(const L* labels, const int64_t* seeds, const int64_t* counts, int64_t images, int64_t entries, int64_t size,
             int64_t most_positives, L first_positive, int64_t* indices, int64_t* num_pos, int64_t* num_sampled,
             int num_threads) {
   const int64_t useful = images * entries / kEntriesPerThread;
@@ -54,8 +54,10 @@ void sample(const L* labels, const int64_t* seeds, int64_t images, int64_t entri
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < images * stretches; ++item) {
       const int64_t image = item / stretches, first = item % stretches * kStretch;
-      sample_entries(labels + image * entries, first, std::min(first + kStretch, entries), first_positive,
-                     static_cast<uint64_t>(seeds[image]), mine[image]);
+      const int64_t last = std::min({first + kStretch, entries, counts ? counts[image] : entries});
+      if (first >= last) continue;
+      sample_entries(labels + image * entries, first, last, first_positive, static_cast<uint64_t>(seeds[image]),
+                     mine[image]);
     }
   }
   for (int64_t n = 0; n < images; ++n) {
@@ -95,15 +97,16 @@ void philox(uint32_t (&counter)[4], uint32_t key0, uint32_t key1) {
 }  // namespace
 }  // namespace sampler
 
-void kernels::sample_balanced(std::uintptr_t labels, int label_bytes, std::uintptr_t seeds, int64_t images,
-                              int64_t entries, int64_t size, int64_t most_positives, int64_t first_positive,
-                              std::uintptr_t indices, std::uintptr_t num_pos, std::uintptr_t num_sampled,
-                              int num_threads) {
+void kernels::sample_balanced(std::uintptr_t labels, int label_bytes, std::uintptr_t seeds, std::uintptr_t counts,
+                              int64_t images, int64_t entries, int64_t size, int64_t most_positives,
+                              int64_t first_positive, std::uintptr_t indices, std::uintptr_t num_pos,
+                              std::uintptr_t num_sampled, int num_threads) {
   const auto run = [&](auto type) {
     using L = decltype(type);
-    sampler::sample(as_pointer<const L>(labels), as_pointer<const int64_t>(seeds), images, entries, size,
-                    most_positives, static_cast<L>(first_positive), as_pointer<int64_t>(indices),
-                    as_pointer<int64_t>(num_pos), as_pointer<int64_t>(num_sampled), num_threads);
+    sampler::sample(as_pointer<const L>(labels), as_pointer<const int64_t>(seeds), as_pointer<const int64_t>(counts),
+                    images, entries, size, most_positives, static_cast<L>(first_positive),
+                    as_pointer<int64_t>(indices), as_pointer<int64_t>(num_pos), as_pointer<int64_t>(num_sampled),
+                    num_threads);
   };
   label_bytes == 1 ? run(int8_t()) : label_bytes == 4 ? run(int32_t()) : run(int64_t());
 }

@@ -31,7 +31,8 @@ from fastrcnn_kernels.preprocess import preprocess_images, resize_image
 from fastrcnn_kernels.proposals import generate_proposals
 from fastrcnn_kernels.rasterize import rasterize_polygons
 from fastrcnn_kernels.rasterize_bitmaps import rasterize_bitmaps
-from fastrcnn_kernels.roi_align import MultiScaleRoIAlign, RoIAlign, assign_levels, multiscale_roi_align, roi_align
+from fastrcnn_kernels.regions import append_boxes, assign_levels, gather_regions
+from fastrcnn_kernels.roi_align import MultiScaleRoIAlign, RoIAlign, multiscale_roi_align, roi_align
 from fastrcnn_kernels.roi_pool import RoIPool, roi_pool
 from fastrcnn_kernels.rpn_head_loss import rpn_head_loss, rpn_head_outputs
 from fastrcnn_kernels.rpn_loss import rpn_loss
@@ -46,6 +47,7 @@ __all__ = [
     "RoIAlign",
     "RoIPool",
     "anchors_inside_image",
+    "append_boxes",
     "assign_levels",
     "backend_report",
     "batched_nms",
@@ -64,6 +66,7 @@ __all__ = [
     "encode_boxes",
     "frozen_batch_norm",
     "fused_sgd",
+    "gather_regions",
     "generalized_box_iou",
     "generalized_box_iou_loss",
     "generate_proposals",

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fastrcnn_kernels import _library
 from fastrcnn_kernels import roi_align_reference as reference
+from fastrcnn_kernels.regions import assign_levels
 
 
 def _fake(
@@ -250,47 +251,6 @@ def roi_align(
     return multiscale_roi_align([input], rois, levels, output_size, [spatial_scale], sampling_ratio, aligned)
 
 
-def _level_of(
-    boxes: Tensor, min_level: int, max_level: int, canonical_size: float, canonical_level: int,
-    eps_inside: float, eps_outside: float, box_offset: int,
-) -> Tensor:  # fmt: skip
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    side = ((x2 - x1 + box_offset) * (y2 - y1 + box_offset)).sqrt()
-    level = (canonical_level + torch.log2(side / canonical_size + eps_inside) + eps_outside).floor()
-    # A box of negative area has no square root: it goes to the finest level, as an empty one does.
-    level = torch.nan_to_num(level, nan=min_level, posinf=max_level, neginf=min_level)
-    return level.clamp(min_level, max_level).to(torch.int64) - min_level
-
-
-def assign_levels(
-    boxes: Tensor,
-    *,
-    min_level: int = 2,
-    max_level: int = 5,
-    canonical_size: float = 224.0,
-    canonical_level: int = 4,
-    eps: float = 1e-6,
-    eps_outside: float = 0.0,
-    box_offset: int = 0,
-) -> Tensor:
-    """The pyramid level of each box (Lin et al., 2017, equation 1), as maskrcnn-benchmark computes it.
-
-    ``floor(canonical_level + log2(sqrt(area) / canonical_size + eps) + eps_outside)`` clamped to the levels there are.
-    maskrcnn-benchmark has 1e-6 inside the logarithm, detectron2 1e-8 there, torchvision 1e-6 outside.
-
-    Args:
-        boxes (Tensor[..., 4]): (x1, y1, x2, y2) in pixels of the network input.
-        min_level, max_level: the finest and the coarsest level (level l has stride 2**l).
-        canonical_size, canonical_level: a square of this side lies on this level.
-        eps, eps_outside: added to the argument of the logarithm, and to the logarithm.
-        box_offset: 1 counts pixels inclusively, width = x2 - x1 + 1 (maskrcnn-benchmark); 0 does not.
-
-    Returns:
-        int64 Tensor[...], counted from ``min_level``.
-    """
-    return _level_of(boxes, min_level, max_level, canonical_size, canonical_level, eps, eps_outside, box_offset)
-
-
 class RoIAlign(nn.Module):
     """:func:`roi_align` with its parameters fixed; torchvision's module."""
 
@@ -359,10 +319,15 @@ class MultiScaleRoIAlign(nn.Module):
         height = max(shape[0] for shape in image_shapes)
         scales = [2.0 ** round(math.log2(f.shape[2] / height)) for f in features]
         rois = _to_rois(boxes)
-        levels = _level_of(
-            rois[:, 1:], round(-math.log2(scales[0])), round(-math.log2(scales[-1])),
-            self.canonical_scale, self.canonical_level, 0.0, 1e-6, 0,
-        )  # fmt: skip
+        levels = assign_levels(
+            rois[:, 1:],
+            min_level=round(-math.log2(scales[0])),
+            max_level=round(-math.log2(scales[-1])),
+            canonical_size=self.canonical_scale,
+            canonical_level=self.canonical_level,
+            eps=0.0,
+            eps_outside=1e-6,
+        )
         return multiscale_roi_align(features, rois, levels, self.output_size, scales, self.sampling_ratio)
 
     def __repr__(self) -> str:

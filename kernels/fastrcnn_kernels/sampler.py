@@ -81,11 +81,14 @@ def _smallest(keys: Tensor, count: int) -> Tensor:
 
 
 def sample_balanced_reference(
-    labels: Tensor, seeds: Tensor, size: int, most_positives: int, first_positive: int
+    labels: Tensor, seeds: Tensor, size: int, most_positives: int, first_positive: int, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The specification of :func:`sample_balanced`; ``size`` is B."""
     num_images, num_entries = labels.shape
     positive, negative = labels >= first_positive, labels == first_positive - 1  # [N, A]
+    if count is not None:
+        present = torch.arange(num_entries, device=labels.device) < count.unsqueeze(1)  # [N, A]
+        positive, negative = positive & present, negative & present  # [N, A]
     num_pos = positive.sum(dim=1).clamp(max=most_positives)  # [N]
     num_neg = torch.minimum(negative.sum(dim=1), size - num_pos)  # [N]
 
@@ -139,9 +142,10 @@ def _for_kernels(labels: Tensor, first_positive: int) -> Tensor:
 
 
 def _sample_balanced_cpp(
-    labels: Tensor, seeds: Tensor, size: int, most_positives: int, first_positive: int
+    labels: Tensor, seeds: Tensor, size: int, most_positives: int, first_positive: int, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     labels, seeds = _for_kernels(labels, first_positive), seeds.to(torch.int64).contiguous()
+    count = None if count is None else count.contiguous()
     num_images, num_entries = labels.shape
     indices = torch.empty((num_images, size), dtype=torch.int64)
     num_pos = torch.empty((num_images,), dtype=torch.int64)
@@ -150,6 +154,7 @@ def _sample_balanced_cpp(
         labels.data_ptr(),
         labels.element_size(),
         seeds.data_ptr(),
+        0 if count is None else count.data_ptr(),
         num_images,
         num_entries,
         size,
@@ -164,15 +169,16 @@ def _sample_balanced_cpp(
 
 
 def _sample_balanced_triton(
-    labels: Tensor, seeds: Tensor, size: int, most_positives: int, first_positive: int
+    labels: Tensor, seeds: Tensor, size: int, most_positives: int, first_positive: int, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     from fastrcnn_kernels.triton import sampler as launcher
 
     if size > launcher.MOST_DRAWN:
-        return sample_balanced_reference(labels, seeds, size, most_positives, first_positive)
+        return sample_balanced_reference(labels, seeds, size, most_positives, first_positive, count)
     return launcher.sample_balanced(
-        _for_kernels(labels, first_positive), seeds.contiguous(), size, most_positives, first_positive
-    )
+        _for_kernels(labels, first_positive), seeds.contiguous(), size, most_positives, first_positive,
+        None if count is None else count.contiguous(),
+    )  # fmt: skip
 
 
 def _sample_balanced_fake(labels: Tensor, seeds: Tensor, size: int, *_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +198,8 @@ _image_seeds = _library.define(
     triton="fastrcnn_kernels.sampler:_image_seeds_triton",
 )
 _sample_balanced = _library.define(
-    "sample_balanced(Tensor labels, Tensor seeds, SymInt size, SymInt most_positives, int first_positive) "
+    "sample_balanced(Tensor labels, Tensor seeds, SymInt size, SymInt most_positives, int first_positive, "
+    "Tensor? count=None) "
     "-> (Tensor, Tensor, Tensor)",
     reference=sample_balanced_reference,
     fake=_sample_balanced_fake,
@@ -226,7 +233,13 @@ def image_seeds(seed: int | Tensor, step: int | Tensor, image_ids: Tensor, strea
 
 
 def sample_balanced(
-    labels: Tensor, batch_size_per_image: int, positive_fraction: float, seeds: Tensor, *, first_positive: int = 1
+    labels: Tensor,
+    batch_size_per_image: int,
+    positive_fraction: float,
+    seeds: Tensor,
+    *,
+    first_positive: int = 1,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw positives and negatives of each image at random, without replacement.
 
@@ -241,6 +254,7 @@ def sample_balanced(
         seeds: int64 [N], from ``image_seeds``.
         first_positive: the label from which an entry is positive; the one before it is the negative, those below are
             ignored. With 0 what ``match_boxes`` gives is drawn from directly: -1 is the background there.
+        count: int64 [N], not read on the host: the entries of an image from this one on are padding and not drawn.
 
     Returns:
         ``indices`` int64 [N, B]: the positives, then the negatives, each in random order, then -1;
@@ -258,5 +272,7 @@ def sample_balanced(
             f"batch_size_per_image must be >= 0 and positive_fraction in [0, 1], "
             f"got {batch_size_per_image} and {positive_fraction}"
         )
+    if count is not None and (count.shape != labels.shape[:1] or count.dtype != torch.int64):
+        raise ValueError(f"count must be int64 [{labels.shape[0]}], got {count.dtype} {list(count.shape)}")
     most_positives = int(batch_size_per_image * positive_fraction)
-    return _sample_balanced(labels, seeds, batch_size_per_image, most_positives, first_positive)
+    return _sample_balanced(labels, seeds, batch_size_per_image, most_positives, first_positive, count)

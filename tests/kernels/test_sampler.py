@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def sample(device: torch.device) -> Sample:
     """``sample_balanced`` by each back-end: tensors go to its device and the results come back."""
 
     def on_device(
-        labels: torch.Tensor, size: int, fraction: float, seeds: torch.Tensor, **arguments: int
+        labels: torch.Tensor, size: int, fraction: float, seeds: torch.Tensor, **arguments: Any
     ) -> tuple[torch.Tensor, ...]:
         drawn = sample_balanced(labels.to(device), size, fraction, seeds.to(device), **arguments)
         assert all(tensor.device.type == device.type for tensor in drawn)
@@ -432,3 +433,25 @@ def test_compile_fullgraph(device: torch.device) -> None:
 def test_bad_arguments(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("first_positive", [0, 1])
+@pytest.mark.parametrize("counts", [[0, 1, 40, 41, 200], [200] * 5, [0] * 5])
+def test_entries_behind_the_count_are_not_drawn(sample: Sample, device: torch.device, counts: list[int],
+                                                first_positive: int) -> None:  # fmt: skip
+    """As if they were ignored: the same draw as from labels that say so."""
+    labels = random_labels(len(SEEDS), 200)
+    count = torch.tensor(counts)
+    ignored = torch.where(torch.arange(200) < count[:, None], labels, -5)
+    expected = sample(ignored, 16, 0.5, SEEDS, first_positive=first_positive)
+    found = sample(labels, 16, 0.5, SEEDS, first_positive=first_positive, count=count.to(device))
+    for actual, wanted in zip(found, expected, strict=True):
+        assert torch.equal(actual, wanted)
+    assert ((found[0] < count[:, None]) | (found[0] < 0)).all()
+
+
+def test_a_count_of_another_shape_or_type() -> None:
+    labels = random_labels(2, 9)
+    for count in (torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"count must be int64 \[2\]"):
+            sample_balanced(labels, 4, 0.5, SEEDS[:2], count=count)

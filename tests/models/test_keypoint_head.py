@@ -11,7 +11,7 @@ import torch
 from fastrcnn.build import build_model, count_parameters
 from fastrcnn.config import ConfigError, load_config
 from fastrcnn.models.box_head import SampledBoxes
-from fastrcnn.structures import PERSON, BoxList, Targets
+from fastrcnn.structures import PERSON, BoxList, Proposals, Targets
 from tests.models.inputs import (
     CONFIGS,
     KEYPOINTS,
@@ -64,8 +64,8 @@ def scalar_loss(head, features, sampled, targets, rule):
     return total / max(count, 1), count
 
 
-def hand_made(targets):
-    """Per image four slots, the regions of which lie near ground truths, and one negative."""
+def hand_made(targets, moved):
+    """Per image four slots whose regions lie near ground truths, and a negative; ``moved``: by (image, slot)."""
     n = len(targets)
     boxes = torch.zeros(n, 6, 4, dtype=torch.float64)
     matched = torch.zeros(n, 6, dtype=torch.int64)
@@ -78,8 +78,13 @@ def hand_made(targets):
             boxes[i, slot] = target.boxes[gt] + (shift if slot else 0)  # the first is a ground truth itself
             matched[i, slot] = gt
         boxes[i, 4] = torch.tensor([1.0, 2, 30, 40])
-    labels = (torch.arange(6) < num_positive[:, None]).long()
-    return SampledBoxes(boxes, labels, matched, num_positive, num_positive + 1, max_positive=4)
+    for place, box in moved.items():
+        boxes[place] = box
+    slot = torch.arange(6).expand(n, 6)
+    proposals = Proposals(boxes, torch.zeros(n, 6), torch.full((n,), 6))
+    return SampledBoxes.gather(
+        proposals, Targets.from_boxlists(targets), matched, slot, num_positive, num_positive + 1, max_positive=4
+    )
 
 
 @pytest.mark.parametrize("rule", ["ground_truth", "proposal", "none"])
@@ -96,8 +101,8 @@ def test_loss_equals_scalar_loops(rule, positives_only):
     points[1, :, 2] = 0
     points[1, 3] = torch.tensor([boxes[1, 0] - 0.5, boxes[1, 1] + 5, 2])  # seen only outside the ground truth's box
     features = model.backbone(images.tensors)
-    sampled = hand_made(targets)
-    sampled.boxes[0, 1] = boxes[1] - torch.tensor([2.0, 0, 0, 0])  # and inside a region that is matched with it
+    # And inside a region that is matched with it.
+    sampled = hand_made(targets, {(0, 1): boxes[1] - torch.tensor([2.0, 0, 0, 0])})
     with torch.no_grad():
         expected, count = scalar_loss(head, features, sampled, targets, rule)
     losses = head.forward_train(features, sampled, Targets.from_boxlists(targets))

@@ -45,6 +45,7 @@ ALLOWED = {
     ("fastrcnn/structures/padded.py", "Proposals.to_boxlists"): "gives proposals, in evaluation",
     (f"{KERNELS}/*.py", "*_cpp"): CPU_ONLY,
     (f"{KERNELS}/anchors.py", "cell_anchors"): ONCE,
+    (f"{KERNELS}/regions.py", "level_areas"): "a table of host numbers, computed on the CPU, once for a model",
     (f"{KERNELS}/keypoints.py", "_cubic_taps"): "of keypoints from heat maps, in evaluation",
     (f"{KERNELS}/optim.py", "ParameterArena.__init__"): "runs once, when the optimizer is made",
     (

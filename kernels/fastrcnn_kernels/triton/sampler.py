@@ -40,6 +40,15 @@ def _kinds(labels, first_positive):
 
 
 @triton.jit
+def _present(counts_ptr, image, entries, COUNTED: tl.constexpr):
+    """How many entries of the image there are; those behind are padding."""
+    if COUNTED:
+        return tl.minimum(tl.load(counts_ptr + image), entries).to(tl.int32)
+    else:
+        return entries
+
+
+@triton.jit
 def _wanted(total_ptr, image, size, most_positives):
     """How many positives and negatives there are, and how many are drawn."""
     positives = tl.load(total_ptr + image * 2)
@@ -56,13 +65,15 @@ def _item(words, counter, part: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["entries", "first_positive"])
-def _count_kernel(labels_ptr, total_ptr, entries, first_positive, BLOCK: tl.constexpr):
+def _count_kernel(
+    labels_ptr, counts_ptr, total_ptr, entries, first_positive, COUNTED: tl.constexpr, BLOCK: tl.constexpr
+):
     """``total_ptr`` int32 [N, 2], zero before. Grid: blocks of entries, images."""
     image = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    labels = tl.load(labels_ptr + image * entries + at, mask=at < entries, other=0)
+    inside = at < _present(counts_ptr, image, entries, COUNTED)
+    labels = tl.load(labels_ptr + image * entries + at, mask=inside, other=0)
     positive, negative = _kinds(labels, first_positive)
-    inside = at < entries
     tl.atomic_add(total_ptr + image * 2, tl.sum((positive & inside).to(tl.int32), 0))
     tl.atomic_add(total_ptr + image * 2 + 1, tl.sum((negative & inside).to(tl.int32), 0))
 
@@ -81,11 +92,12 @@ def _limit(wanted, total, MARGIN: tl.constexpr, SLACK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["entries", "size", "most_positives", "first_positive"])
 def _gather_kernel(
-    labels_ptr, seeds_ptr, total_ptr, cursor_ptr, items_ptr, entries, size, most_positives, first_positive,
-    MARGIN: tl.constexpr, SLACK: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+    labels_ptr, counts_ptr, seeds_ptr, total_ptr, cursor_ptr, items_ptr, entries, size, most_positives, first_positive,
+    MARGIN: tl.constexpr, SLACK: tl.constexpr, ROOM: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``cursor_ptr`` int32 [N, 2], zero before; ``items_ptr`` int64 [N, 2, ROOM]. Grid: blocks of counters, images."""
     image = tl.program_id(1).to(tl.int64)
+    present = _present(counts_ptr, image, entries, COUNTED)
     counter = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     seed = tl.load(seeds_ptr + image)
     positives, negatives, draw_pos, draw_neg = _wanted(total_ptr, image, size, most_positives)
@@ -94,10 +106,10 @@ def _gather_kernel(
     words = tl.randint4x(seed, counter)
     for part in tl.static_range(4):
         at = counter * 4 + part
-        labels = tl.load(labels_ptr + image * entries + at, mask=at < entries, other=0)
+        labels = tl.load(labels_ptr + image * entries + at, mask=at < present, other=0)
         item = _item(words, counter, part)
         positive, negative = _kinds(labels, first_positive)
-        gathered = (at < entries) & ((positive & (item <= positive_limit)) | (negative & (item <= negative_limit)))
+        gathered = (at < present) & ((positive & (item <= positive_limit)) | (negative & (item <= negative_limit)))
         row = image * 2 + negative.to(tl.int64)
         # One addition an entry: only some hundred of an image get here.
         slot = tl.atomic_add(cursor_ptr + row, tl.full([BLOCK], 1, tl.int32), mask=gathered)
@@ -169,21 +181,22 @@ def _write_drawn(
 
 @triton.jit(do_not_specialize=["entries", "size", "most_positives", "first_positive"])
 def _draw_kernel(
-    labels_ptr, seeds_ptr, total_ptr, cursor_ptr, items_ptr, indices_ptr, num_pos_ptr, num_sampled_ptr,
-    entries, size, most_positives, first_positive, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+    labels_ptr, counts_ptr, seeds_ptr, total_ptr, cursor_ptr, items_ptr, indices_ptr, num_pos_ptr, num_sampled_ptr,
+    entries, size, most_positives, first_positive, ROOM: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``indices_ptr`` int64 [N, size]. Grid: images."""
     image = tl.program_id(0).to(tl.int64)
     seed = tl.load(seeds_ptr + image)
     labels = labels_ptr + image * entries
+    present = _present(counts_ptr, image, entries, COUNTED)
     _positives, _negatives, draw_pos, draw_neg = _wanted(total_ptr, image, size, most_positives)
     items = items_ptr + image * 2 * ROOM
     cursor = cursor_ptr + image * 2
     slot = tl.arange(0, ROOM)
     row = indices_ptr + image * size
-    _write_drawn(labels, seed, cursor, items, row, entries, first_positive, draw_pos, False, ROOM, BLOCK)
+    _write_drawn(labels, seed, cursor, items, row, present, first_positive, draw_pos, False, ROOM, BLOCK)
     _write_drawn(
-        labels, seed, cursor + 1, items + ROOM, row + draw_pos, entries, first_positive, draw_neg, True, ROOM, BLOCK,
+        labels, seed, cursor + 1, items + ROOM, row + draw_pos, present, first_positive, draw_neg, True, ROOM, BLOCK,
     )  # fmt: skip
     sampled = draw_pos + draw_neg
     tl.store(row + slot, tl.full([ROOM], -1, tl.int64), mask=(slot >= sampled) & (slot < size))
@@ -205,7 +218,7 @@ def _seeds_kernel(ids_ptr, seed_ptr, step_ptr, out_ptr, stream, count, BLOCK: tl
 
 
 def sample_balanced(
-    labels: Tensor, seeds: Tensor, size: int, most_positives: int, first_positive: int
+    labels: Tensor, seeds: Tensor, size: int, most_positives: int, first_positive: int, count: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launcher of ``fastrcnn_kernels::sample_balanced``; ``size`` up to ``MOST_DRAWN``."""
     num_images, entries = labels.shape
@@ -217,7 +230,14 @@ def sample_balanced(
         return indices.fill_(-1), num_pos.zero_(), num_sampled.zero_()
     total, cursor = torch.zeros((2, num_images, 2), dtype=torch.int32, device=device)
     items = torch.empty((num_images, 2, _ROOM), dtype=torch.int64, device=device)
-    shared = {"labels_ptr": labels, "total_ptr": total, "entries": entries, "first_positive": first_positive}
+    shared = {
+        "labels_ptr": labels,
+        "counts_ptr": seeds if count is None else count,
+        "total_ptr": total,
+        "entries": entries,
+        "first_positive": first_positive,
+        "COUNTED": count is not None,
+    }
     drawing = {
         **shared,
         "seeds_ptr": seeds,
@@ -254,7 +274,9 @@ def _case(label: str, kernel: Any, labels: str, constants: dict[str, Any]) -> Co
     types = {
         "labels_ptr": labels,
         **dict.fromkeys(["total_ptr", "cursor_ptr"], "*i32"),
-        **dict.fromkeys(["seeds_ptr", "items_ptr", "indices_ptr", "num_pos_ptr", "num_sampled_ptr"], "*i64"),
+        **dict.fromkeys(
+            ["counts_ptr", "seeds_ptr", "items_ptr", "indices_ptr", "num_pos_ptr", "num_sampled_ptr"], "*i64"
+        ),
         **dict.fromkeys(["entries", "size", "most_positives", "first_positive"], "i32"),
     }
     signature = {name: types[name] for name in kernel.arg_names if name in types}
@@ -262,15 +284,16 @@ def _case(label: str, kernel: Any, labels: str, constants: dict[str, Any]) -> Co
 
 
 COMPILE_CASES = [
-    _case("count-i64", _count_kernel, "*i64", {"BLOCK": _BLOCK}),
-    _case("count-i8", _count_kernel, "*i8", {"BLOCK": _BLOCK}),
-    _case(
-        "gather",
-        _gather_kernel,
-        "*i64",
-        {"ROOM": _ROOM, "MARGIN": _MARGIN, "SLACK": _SLACK, "BLOCK": _BLOCK},
-    ),
-    _case("draw", _draw_kernel, "*i64", {"ROOM": _ROOM, "BLOCK": _SEARCH_BLOCK}),
+    _case("count-i8", _count_kernel, "*i8", {"COUNTED": False, "BLOCK": _BLOCK}),
+    *[
+        _case(f"{label}{'-counted' if counted else ''}", kernel, "*i64", {**constants, "COUNTED": counted})
+        for counted in (False, True)
+        for label, kernel, constants in (
+            ("count-i64", _count_kernel, {"BLOCK": _BLOCK}),
+            ("gather", _gather_kernel, {"ROOM": _ROOM, "MARGIN": _MARGIN, "SLACK": _SLACK, "BLOCK": _BLOCK}),
+            ("draw", _draw_kernel, {"ROOM": _ROOM, "BLOCK": _SEARCH_BLOCK}),
+        )
+    ],
     CompileCase(
         "seeds",
         _seeds_kernel,
