@@ -19,7 +19,7 @@ from fastrcnn.data import Catalog, DetectionDataset
 from fastrcnn.data.catalog import BENCHMARK_SOURCES
 from fastrcnn.engine.checkpoint import Checkpointer
 from fastrcnn.engine.command import UsageError, make_parser, run_command
-from fastrcnn.engine.distributed import World, join_world, leave_world, unwrap_model, wrap_model
+from fastrcnn.engine.distributed import World, join_world, leave_world, unwrap_model
 from fastrcnn.engine.inference import as_metrics, result_folders
 from fastrcnn.engine.meters import LossHistory, max_memory_mib
 from fastrcnn.engine.outputs import (
@@ -53,7 +53,7 @@ EXAMPLES = """\
 """
 
 # Settings that may change from one start of a run to the next without changing what it computes.
-NOT_HASHED = ("OUTPUT_DIR", "MODEL.WEIGHT", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "TEST.VIS_IMAGES")
+NOT_HASHED = ("OUTPUT_DIR", "MODEL.WEIGHT", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "STEP", "TEST.VIS_IMAGES")
 
 
 @dataclass
@@ -150,6 +150,7 @@ def build_run(cfg: Config, world: World, args: argparse.Namespace, catalog: Cata
 
     seed_everything(cfg.SOLVER.SEED)
     model = build.build_model(cfg)
+    graph, fused = build.step_switches(cfg, world.device)
     optimizer = make_optimizer(
         model,
         base_lr=cfg.SOLVER.BASE_LR,
@@ -157,6 +158,7 @@ def build_run(cfg: Config, world: World, args: argparse.Namespace, catalog: Cata
         weight_decay=cfg.SOLVER.WEIGHT_DECAY,
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        fused=fused,
     )
     scheduler = WarmupMultiStepLR(
         optimizer,
@@ -174,6 +176,7 @@ def build_run(cfg: Config, world: World, args: argparse.Namespace, catalog: Cata
         dtype=cfg.DTYPE,
         seed=cfg.SOLVER.SEED,
         clip_gradients=cfg.SOLVER.CLIP_GRADIENTS,
+        graph=graph,
     )
     checkpointer = Checkpointer(
         Path(cfg.OUTPUT_DIR),
@@ -192,8 +195,7 @@ def build_run(cfg: Config, world: World, args: argparse.Namespace, catalog: Cata
         if cfg.MODEL.WEIGHT:
             report = build.load_model_weights(cfg, model, cfg.MODEL.WEIGHT, allow_partial=args.allow_partial)
             logger.info("%s", report)
-    # Wrapped last: it sends rank 0's weights to all ranks.
-    step.model = wrap_model(model, world)
+    step.join(world)  # last: it sends rank 0's weights to all ranks
     return Run(cfg, world, dataset, test_datasets, step, checkpointer, start_iteration)
 
 

@@ -22,6 +22,8 @@ OWN_KEYS = {
     "SOLVER.CLIP_GRADIENTS": 0.0,
     "SOLVER.KEEP_CHECKPOINTS": 0,
     "SOLVER.LOG_PERIOD": 20,
+    "STEP.GRAPH": "auto",
+    "STEP.FUSED_OPTIMIZER": "auto",
     "TEST.VIS_IMAGES": 0,
     "TEST.EVAL_BACKEND": "pycocotools",
 }

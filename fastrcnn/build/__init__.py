@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from fastrcnn.build.backbone import build_resnet_backbone
@@ -37,6 +38,7 @@ __all__ = [
     "gives_proposals",
     "load_model_weights",
     "num_classes",
+    "step_switches",
 ]
 
 
@@ -83,3 +85,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all parameters, those that are trained)."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def step_switches(cfg: Config, device: torch.device) -> tuple[bool, bool]:
+    """(STEP.GRAPH, STEP.FUSED_OPTIMIZER) for ``device``."""
+    on_cuda = device.type == "cuda"
+    graph = on_cuda if cfg.STEP.GRAPH == "auto" else cfg.STEP.GRAPH
+    fused = on_cuda or graph if cfg.STEP.FUSED_OPTIMIZER == "auto" else cfg.STEP.FUSED_OPTIMIZER
+    return graph, fused

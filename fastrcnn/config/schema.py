@@ -91,6 +91,17 @@ class SolverConfig(Section):
     LOG_PERIOD: PositiveInt = own(20, "Iterations from one log line to the next")
 
 
+class StepConfig(Section):
+    """How a training step runs; docs/training-step.md. Nothing here changes what it computes."""
+
+    GRAPH: Literal["auto"] | Bool = own(
+        "auto", "Record the step for each shape of batches and replay it, as CUDA graphs; auto = on CUDA"
+    )
+    FUSED_OPTIMIZER: Literal["auto"] | Bool = own(
+        "auto", "SGD in one launch over one buffer of all parameters, which GRAPH needs; auto = on CUDA, or with GRAPH"
+    )
+
+
 class BboxAugConfig(Section):
     """Test-time augmentation of boxes and masks."""
 
@@ -136,6 +147,7 @@ class Config(Section):
     DATASETS: DatasetsConfig = DatasetsConfig()
     DATALOADER: DataloaderConfig = DataloaderConfig()
     SOLVER: SolverConfig = SolverConfig()
+    STEP: StepConfig = StepConfig()
     TEST: TestConfig = TestConfig()
     OUTPUT_DIR: Name = key(".", "Where everything that a run writes goes")
     PATHS_CATALOG: Str = key("", "Upstream imports this Python file; we never run code that a config names")

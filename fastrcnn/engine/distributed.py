@@ -181,6 +181,15 @@ def wrap_model(model: nn.Module, world: World) -> nn.Module:
     )
 
 
+def share_weights(model: nn.Module, world: World) -> None:
+    """Give all ranks rank 0's weights and buffers, as :func:`wrap_model` does, for a model that stays unwrapped."""
+    if world.distributed:
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                # In memory order, whatever the layout: it is the same on all ranks.
+                dist.broadcast(tensor.as_strided((tensor.numel(),), (1,)), src=0)
+
+
 def unwrap_model(model: nn.Module) -> nn.Module:
     """The module inside :func:`wrap_model`."""
     return model.module if isinstance(model, DistributedDataParallel) else model

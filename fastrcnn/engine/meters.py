@@ -96,7 +96,7 @@ def max_memory_mib(device: torch.device) -> float:
 
 
 class LossHistory:
-    """The losses of the iterations since the last reading, kept on the device and read in one copy.
+    """The losses of the iterations since the last reading, in one table on the device, read in one copy.
 
     Args:
         device: where the losses are.
@@ -107,7 +107,7 @@ class LossHistory:
         self.device = device
         self.reduce = reduce
         self.names: tuple[str, ...] = ()
-        self.rows: list[Tensor] = []
+        self.table = torch.empty((0, 0), device=device)  # [capacity, losses], the first rows filled
         self.iterations: list[int] = []
 
     def append(self, iteration: int, losses: Mapping[str, Tensor]) -> None:
@@ -116,7 +116,12 @@ class LossHistory:
         if self.names and names != self.names:
             raise ValueError(f"the losses changed from {self.names} to {names} in iteration {iteration}")
         self.names = names
-        self.rows.append(torch.stack([loss.detach().float() for loss in losses.values()]))
+        used = len(self.iterations)
+        if used == len(self.table):
+            larger = torch.empty((max(32, 2 * used), len(names)), device=self.device)
+            larger[:used] = self.table[:used].view(used, len(names))
+            self.table = larger
+        torch.stack([loss.detach().float() for loss in losses.values()], out=self.table[used])
         self.iterations.append(iteration)
 
     def read(self) -> list[tuple[int, dict[str, float]]]:
@@ -125,16 +130,16 @@ class LossHistory:
         Raises:
             NonFiniteLoss: naming the first iteration and the first loss that is not finite.
         """
-        if not self.rows:
+        if not self.iterations:
             return []
-        table = torch.stack(self.rows)
+        table = self.table[: len(self.iterations)]
         if self.reduce is not None:
             table = self.reduce(table)
         history = [
             (iteration, dict(zip(self.names, row, strict=True)))
             for iteration, row in zip(self.iterations, table.tolist(), strict=True)
         ]
-        self.rows, self.iterations = [], []
+        self.iterations = []
         for iteration, losses in history:
             broken = [name for name, value in losses.items() if not math.isfinite(value)]
             if broken:

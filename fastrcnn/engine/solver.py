@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrcnn_kernels import FusedSGD
+
 WARMUP_METHODS = ("linear", "constant")
 
 
@@ -46,8 +48,14 @@ def make_optimizer(
     weight_decay: float,
     bias_lr_factor: float = 2.0,
     weight_decay_bias: float = 0.0,
+    fused: bool = False,
 ) -> torch.optim.SGD:
-    """SGD over the trainable parameters of ``model``; one fused launch a group on CUDA.
+    """SGD over the trainable parameters of ``model``.
+
+    Args:
+        fused: :class:`fastrcnn_kernels.FusedSGD`, one launch for all parameters, whose memory becomes one buffer (so
+            put the model on its device first); its learning rate is on the device, which a recorded step needs.
+            Else PyTorch's, one launch a group on CUDA. Checkpoints of both are the same.
 
     Raises:
         ValueError: if the model has no trainable parameter.
@@ -61,6 +69,8 @@ def make_optimizer(
     )
     if not groups:
         raise ValueError("the model has no trainable parameter")
+    if fused:
+        return FusedSGD(groups, lr=base_lr, momentum=momentum)
     on_cuda = all(parameter.is_cuda for group in groups for _, parameter in group["params"])
     return torch.optim.SGD(groups, lr=base_lr, momentum=momentum, fused=True if on_cuda else None)
 

@@ -1,15 +1,28 @@
-"""One training step."""
+"""One training step: forward, losses, backward, update, on shapes that repeat.
+
+The same code runs operator by operator on any device, and recorded: as a CUDA graph for each shape of batches
+(:mod:`fastrcnn.engine.graphed`). docs/training-step.md tells how.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import logging
+from collections.abc import Hashable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from fastrcnn.engine.distributed import unwrap_model
+from fastrcnn.engine.distributed import World, share_weights, unwrap_model, wrap_model
+from fastrcnn.engine.graph import Recorder, make_recorder
+from fastrcnn.engine.graphed import GraphedStep
 from fastrcnn.engine.solver import WarmupMultiStepLR
+from fastrcnn.engine.static import StepInputs, pad_targets
 from fastrcnn.structures import BoxList, ImageList, Targets
+from fastrcnn_kernels import FusedSGD
+
+logger = logging.getLogger("fastrcnn.step")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,10 +42,15 @@ class TrainStep:
     Args:
         model: returns a dict of scalar losses; ``set_sampling(seed, step)`` of the unwrapped module sets its random
             choices.
+        optimizer: with FusedSGD the gradients are clipped, averaged over processes and applied in one buffer.
         dtype: ``float32``, or ``bfloat16`` / ``float16`` for autocast; float16 scales the loss, and a step whose
             gradients overflowed changes no weight.
         seed: of the run.
         clip_gradients: the largest norm of all gradients together; 0 does not clip.
+        graph: record the step for each shape of batches and replay it, as CUDA graphs on a CUDA device, and operator by
+            operator on a CPU, which is of use to tests alone. Where that is not possible (:meth:`obstacle`) the step
+            runs as it is, and the log says once why.
+        recorder: default by ``device``. warm_up, max_shapes: see :class:`GraphedStep`.
     """
 
     def __init__(
@@ -45,6 +63,10 @@ class TrainStep:
         dtype: str = "float32",
         seed: int = 0,
         clip_gradients: float = 0.0,
+        graph: bool = False,
+        recorder: Recorder | None = None,
+        warm_up: int = 3,
+        max_shapes: int = 16,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -54,6 +76,23 @@ class TrainStep:
         self.seed = seed
         self.clip_gradients = clip_gradients
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+        self.processes = 1
+        self.graph = graph
+        self.warm_up, self.max_shapes = warm_up, max_shapes
+        self._recorder = recorder
+        self._graphed: GraphedStep | None = None
+        self._modules = list(unwrap_model(model).modules())
+
+    def join(self, world: World) -> None:
+        """Train together with the other processes of ``world``: rank 0's weights reach all, gradients are averaged."""
+        if not world.distributed:
+            return
+        if isinstance(self.optimizer, FusedSGD):
+            share_weights(self.model, world)
+            self.optimizer.refresh_masters()
+            self.processes = world.size
+        else:
+            self.model = wrap_model(self.model, world)
 
     def __call__(self, batch: TrainingBatch, step: int) -> dict[str, Tensor]:
         """Train on ``batch`` as step ``step`` (0-based).
@@ -61,29 +100,98 @@ class TrainStep:
         Returns:
             ``loss`` (the sum) and each loss by its name, 0-dim tensors on the device, not yet computed on CUDA.
         """
-        images, targets = self._to_device(batch)
+        # What changes from step to step is on the device before the step reads it.
         unwrap_model(self.model).set_sampling(self.seed, step)  # type: ignore[operator]
-        with autocast(self.device, self.dtype):
-            losses: dict[str, Tensor] = self.model(images, targets)
-        total = torch.stack([loss.float() for loss in losses.values()]).sum()
-
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(total).backward()
-        if self.clip_gradients > 0:
-            self.scaler.unscale_(self.optimizer)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip_gradients)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if isinstance(self.optimizer, FusedSGD):
+            self.optimizer.upload_settings()
+        graphed = self._graphed_step()
+        if graphed is not None:
+            losses = graphed(StepInputs(batch.images, pad_targets(Targets.from_boxlists(batch.targets))))
+        else:
+            losses = self.compute(self._to_device(batch))
         self.scheduler.step()
+        return losses
+
+    def compute(self, inputs: StepInputs) -> dict[str, Tensor]:
+        """The step on the device: all of it that a graph holds."""
+        with autocast(self.device, self.dtype):
+            losses: dict[str, Tensor] = self.model(inputs.images, inputs.targets)
+        total = torch.stack([loss.float() for loss in losses.values()]).sum()
+        self._forget_gradients()
+        self.scaler.scale(total).backward()
+        self._update()
         return {"loss": total.detach(), **{name: loss.detach() for name, loss in losses.items()}}
 
-    def _to_device(self, batch: TrainingBatch) -> tuple[ImageList, Targets]:
+    def _forget_gradients(self) -> None:
+        # None and not zeros, which autograd would have to add to; FusedSGD.zero_grad fills its buffer.
+        for parameter in self._parameters():
+            parameter.grad = None
+
+    def _update(self) -> None:
+        if isinstance(self.optimizer, FusedSGD):
+            self.optimizer.collect_grads()
+            if self.processes > 1:
+                assert self.optimizer.arena is not None
+                torch.distributed.all_reduce(self.optimizer.arena.grads)
+                self.optimizer.arena.grads.div_(self.processes)
+        if self.clip_gradients > 0:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self._parameters(), self.clip_gradients)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _to_device(self, batch: TrainingBatch) -> StepInputs:
         targets = Targets.from_boxlists(batch.targets)
         if self.device.type == "cuda":
             targets = targets.pin_memory()
         images = batch.images.to(self.device, non_blocking=True)
-        return images, targets.to(self.device, non_blocking=True)
+        return StepInputs(images, targets.to(self.device, non_blocking=True))
+
+    def obstacle(self) -> str | None:
+        """Why this step cannot be recorded; None where it can."""
+        if isinstance(self.model, DistributedDataParallel):
+            return "DistributedDataParallel averages the gradients: set STEP.FUSED_OPTIMIZER True"
+        if not isinstance(self.optimizer, FusedSGD):
+            return "the learning rate of torch.optim.SGD is a number on the host: set STEP.FUSED_OPTIMIZER True"
+        for name, module in self.model.named_modules():
+            if getattr(module, "positives_only", False):
+                key = {"roi_heads.mask": "ROI_MASK_HEAD", "roi_heads.keypoint": "ROI_KEYPOINT_HEAD"}.get(name, name)
+                return f"a head reads its number of regions from the device: set MODEL.{key}.POSITIVES_ONLY False"
+        return None
+
+    def _graphed_step(self) -> GraphedStep | None:
+        if not self.graph:
+            return None
+        if self._graphed is None:
+            obstacle = self.obstacle()
+            if obstacle is not None:
+                logger.info("STEP.GRAPH: the step runs operator by operator (%s)", obstacle)
+                self.graph = False
+                return None
+            self._graphed = GraphedStep(
+                self.compute,
+                self._recorder or make_recorder(self.device),
+                device=self.device,
+                state=self._state,
+                warm_up=self.warm_up,
+                max_shapes=self.max_shapes,
+            )
+        return self._graphed
+
+    def _state(self) -> Hashable:
+        """What a recording has taken for granted: modes of the modules, and where their tensors are."""
+        assert isinstance(self.optimizer, FusedSGD)
+        assert self.optimizer.arena is not None
+        modes = [module.training for module in self._modules]
+        places: list[Any] = [self.optimizer.arena.params.data_ptr(), self.clip_gradients, self.processes]
+        for module in self._modules:
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    places.append((tensor.data_ptr(), tensor.requires_grad))
+        return tuple(modes), tuple(places)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

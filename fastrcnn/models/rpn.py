@@ -163,7 +163,7 @@ class RPN(nn.Module):
             "normaliser": None,  # the anchors that were sampled
         }
         if self.convention.rpn_normaliser == "wanted":
-            wanted = self.batch_size_per_image * len(images.image_sizes)
+            wanted = self.batch_size_per_image * len(images)
             rules["normaliser"] = torch.full((), wanted, dtype=torch.int64, device=matched.device)
         if self.sparse_backward:
             assert isinstance(self.head, RPNHead)

@@ -274,7 +274,7 @@ class FusedSGD(torch.optim.SGD):
         self._momentum_views = [] if self._momentum is None else self.arena.views(self._momentum)
         self._master_views = [] if self.arena.weights is None else self.arena.views(buffer)
         self._settings = buffer.new_zeros((len(self.param_groups), 3))
-        self._uploaded: list[list[float]] | None = None
+        self._uploaded: dict[tuple[int, int], float] = {}
         self._skipped: list[int] = []
         self._block_groups = self.arena.block_groups
 
@@ -287,23 +287,31 @@ class FusedSGD(torch.optim.SGD):
         assert self.arena is not None
         self.arena.zero_grad()
 
-    def _upload_settings(self) -> None:
-        rows: list[list[float]] = []
-        tensors: list[tuple[int, Tensor]] = []
-        for index, group in enumerate(self.param_groups):
-            lr = group["lr"]
-            if isinstance(lr, Tensor):
-                tensors.append((index, lr))
-                lr = 0.0
-            rows.append([lr, group["weight_decay"], group["momentum"]])
-        if rows != self._uploaded:
-            self._settings.copy_(torch.tensor(rows, dtype=torch.float32), non_blocking=True)
-            self._uploaded = rows
-        for index, value in tensors:
-            self._settings[index, 0].copy_(value.view(()))
+    @torch.no_grad()
+    def upload_settings(self) -> None:
+        """Bring learning rate, weight decay and momentum of the groups to the device, as far as they changed.
 
-    def _collect_grads(self) -> None:
-        """Bring foreign gradients into the buffer, and leave out the blocks of parameters that have none."""
+        :meth:`step` does it itself. Where steps are replayed by a CUDA graph, call it before each replay: the graph
+        reads the numbers where this leaves them. Waits for nothing, and changes nothing that a launched step still
+        reads.
+        """
+        for row, group in enumerate(self.param_groups):
+            for column, name in enumerate(("lr", "weight_decay", "momentum")):
+                value = group[name]
+                if isinstance(value, Tensor):
+                    self._settings[row, column].copy_(value.view(()))
+                elif self._uploaded.get((row, column)) != value:
+                    # An argument of a launch: memory of the host could be written over before it was read.
+                    self._settings[row, column].fill_(value)
+                    self._uploaded[row, column] = value
+
+    @torch.no_grad()
+    def collect_grads(self) -> None:
+        """Bring the gradients into the arena, where ``arena.grads`` has them all in a row.
+
+        Each parameter's ``grad`` becomes the view into it. Blocks of parameters without a gradient are left out of the
+        step. :meth:`step` does it itself; call it to clip the gradients or to average them over processes before.
+        """
         assert self.arena is not None
         skipped, targets, sources = [], [], []
         for index, (parameter, view) in enumerate(zip(self.arena.parameters, self.arena.grad_views, strict=True)):
@@ -313,6 +321,7 @@ class FusedSGD(torch.optim.SGD):
             elif grad is not view and grad.data_ptr() != view.data_ptr():
                 targets.append(view)
                 sources.append(grad)
+                parameter.grad = view
         if targets:
             torch._foreach_copy_(targets, sources)
         if skipped != self._skipped:
@@ -321,6 +330,7 @@ class FusedSGD(torch.optim.SGD):
             for index in skipped:
                 begin = self.arena.offsets[index] // BLOCK
                 self._block_groups[begin : begin + self.arena.blocks[index]] = -1
+                self.arena.grad_views[index].zero_()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -330,8 +340,8 @@ class FusedSGD(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._collect_grads()
-        self._upload_settings()
+        self.collect_grads()
+        self.upload_settings()
         fused_sgd(
             self.arena.params,
             self.arena.grads,
@@ -372,7 +382,7 @@ class FusedSGD(torch.optim.SGD):
         super().load_state_dict(dict(state_dict))
         order = [index for group in state_dict["param_groups"] for index in group["params"]]
         self.state.clear()
-        self._uploaded = None
+        self._uploaded.clear()
         left_out = set()
         for position, index in enumerate(order):
             saved = state_dict["state"].get(index, {})

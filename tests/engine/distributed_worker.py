@@ -52,9 +52,10 @@ def main() -> int:
         collectives(world)
     else:
         # Different initial weights: rank 0's have to reach all.
-        rig = make_rig(directory, seed=0 if world.is_main else 99, world=world)
+        fused = {"fused": True, "graph": mode == "graph"} if mode in ("fused", "graph") else {}
+        rig = make_rig(directory, seed=0 if world.is_main else 99, world=world, **fused)
         rig.step.seed = 0
-        steps = STEPS if mode == "train" else 100
+        steps = STEPS if mode in ("train", "fused", "graph") else 100
         limited = (batch for _, batch in zip(range(steps), batches(mode, world), strict=False))
         rig.train(steps, batches=limited, log_period=2 if mode != "nan" else 1)
     leave_world(world)

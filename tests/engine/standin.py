@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrcnn.engine.checkpoint import Checkpointer
-from fastrcnn.engine.distributed import World, wrap_model
+from fastrcnn.engine.distributed import World
 from fastrcnn.engine.outputs import MetricsFile
 from fastrcnn.engine.signals import StopSignals
 from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
@@ -25,15 +25,18 @@ CPU = World(0, 0, 1, torch.device("cpu"))
 class StandIn(nn.Module):
     """Losses that depend on the pixels, the targets, the weights and the sampling state; each a mean over images."""
 
+    sampling: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Conv2d(3, 8, 3, stride=2)
         self.norm = nn.GroupNorm(2, 8)
         self.head = nn.Linear(8, 4)
-        self.sampling = (0, 0)
+        self.register_buffer("sampling", torch.zeros(2, dtype=torch.int64), persistent=False)
 
     def set_sampling(self, seed: int, step: int) -> None:
-        self.sampling = (seed, step)
+        self.sampling[0].fill_(seed)
+        self.sampling[1].fill_(step)
 
     def forward(self, images: ImageList, targets: Targets) -> dict[str, Tensor]:
         features = self.norm(self.body(images.tensors)).relu().mean(dim=(2, 3))
@@ -110,14 +113,16 @@ def make_rig(
     keep: int = 0,
     clip_gradients: float = 0.0,
     world: World = CPU,
+    fused: bool = False,
+    **graph: Any,
 ) -> Rig:
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = StandIn()
-    optimizer = make_optimizer(model, base_lr=base_lr, momentum=0.9, weight_decay=1e-3)
+    optimizer = make_optimizer(model, base_lr=base_lr, momentum=0.9, weight_decay=1e-3, fused=fused)
     scheduler = WarmupMultiStepLR(optimizer, milestones=milestones, warmup_iters=3)
     step = TrainStep(
-        model, optimizer, scheduler, device=world.device, dtype=dtype, seed=seed, clip_gradients=clip_gradients
+        model, optimizer, scheduler, device=world.device, dtype=dtype, seed=seed, clip_gradients=clip_gradients, **graph
     )
     checkpointer = Checkpointer(
         directory,
@@ -129,7 +134,7 @@ def make_rig(
         extra={"seed": seed, "config_hash": "abc"},
         is_main=world.is_main,
     )
-    step.model = wrap_model(model, world)
+    step.join(world)
     return Rig(step, checkpointer, directory, world)
 
 

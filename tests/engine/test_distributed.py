@@ -65,10 +65,12 @@ def lines_of(directory: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["train", "fused", "graph"])
+def test_two_ranks_train_as_one(tmp_path: Path, mode: str) -> None:
+    """Gradients are averaged by DistributedDataParallel, or in one piece, or in one piece in a recorded step."""
     alone = make_rig(tmp_path / "one")
     alone.train(6)
-    for code, output in run_ranks("train", tmp_path / "two"):
+    for code, output in run_ranks(mode, tmp_path / "two"):
         assert code == 0, output
     one, two = (read_checkpoint(tmp_path / name / "model_final.pth") for name in ("one", "two"))
     for name, value in one["model"].items():

@@ -57,7 +57,7 @@ def test_the_guard_against_waiting_works() -> None:
 def test_sampling_state_reaches_the_model(tmp_path: Path) -> None:
     rig = make_rig(tmp_path, seed=3)
     rig.step(make_batch(0), 11)
-    assert rig.step.model.sampling == (3, 11)
+    assert rig.step.model.sampling.tolist() == [3, 11]
 
 
 def test_clipping_bounds_the_update(tmp_path: Path) -> None:
