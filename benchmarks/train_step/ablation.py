@@ -19,6 +19,7 @@ from benchmarks.train_step.run import (
     failure,
     free,
     make_batches,
+    mode_keys,
     nothing,
     peer_sides,
     prepare,
@@ -36,21 +37,24 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Switch:
-    """One optimisation: a configuration key, its value with and without it, and the devices that have it."""
+    """One optimisation: a configuration key, its value without it and, if that is not the default, with it.
+
+    ``mode`` is the only one that has it.
+    """
 
     name: str
     key: str
     off: str
     on: str = ""
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    mode: str = ""
 
 
 SWITCHES = (
-    Switch("graph", "STEP.GRAPH", "False", devices=("cuda",)),
+    Switch("graph", "STEP.GRAPH", "False"),
     Switch("channels last", "MODEL.CHANNELS_LAST", "False", "True"),
     Switch("fused convolutions", "MODEL.FUSED_CONVOLUTIONS", "False"),
     Switch("sparse RPN backward", "MODEL.RPN.SPARSE_BACKWARD", "False"),
-    Switch("mask head on the positives", "MODEL.ROI_MASK_HEAD.POSITIVES_ONLY", "False"),
+    Switch("mask head on the positives", "MODEL.ROI_MASK_HEAD.POSITIVES_ONLY", "False", mode="eager"),
     Switch("fused optimizer", "STEP.FUSED_OPTIMIZER", "False"),
 )
 
@@ -60,12 +64,20 @@ def base_overrides(options: Options, switches: Sequence[Switch] = SWITCHES) -> d
     return {s.key: s.on for s in switches if s.on and known_key(options.config_file, s.key, s.on)}
 
 
-def off_reason(options: Options, switch: Switch) -> str:
+def best_mode(options: Options) -> str:
+    """``graph`` where it was asked for and this version has it."""
+    wanted = "graph" in options.modes and known_key(options.config_file, "STEP.GRAPH", "True")
+    return "graph" if wanted else "eager"
+
+
+def off_reason(options: Options, switch: Switch, mode: str) -> str:
     """Why ``switch`` cannot be switched off here; empty where it can."""
-    if options.device.type not in switch.devices:
-        return f"not on a {options.device.type} device"
     if not known_key(options.config_file, switch.key, switch.off):
         return f"this version has no key {switch.key}"
+    if switch.key == "STEP.GRAPH" and mode != "graph":
+        return "off already: the graph is no mode of this run"
+    if switch.mode and switch.mode != mode:
+        return f"off already: it is of no use to a {mode}"
     return ""
 
 
@@ -124,15 +136,14 @@ def measure_ablation(
     ``reason``. The type is the last of ``options.dtypes``, the mode a graph where there is one.
     """
     dtype = options.dtypes[-1]
-    graph = "graph" in options.modes and options.device.type == "cuda"
-    mode = "graph" if graph and known_key(options.config_file, "STEP.GRAPH", "True") else "eager"
+    mode = best_mode(options)
     batches = make_batches(options, "padded" if options.synthetic else "real", batch_size)
-    on = base_overrides(options, switches) | {"STEP.GRAPH": str(mode == "graph")}
+    on = as_arguments(base_overrides(options, switches)) | mode_keys(mode)
     common = {"layout": "padded", "batch_size": batch_size, "dtype": dtype}
     base_row: Row = {**common, "side": "all on", "mode": mode}
     rows = [base_row]
     try:
-        base = build(options, batches, batch_size, dtype=dtype, mode=mode, **as_arguments(on))
+        base = build(options, batches, batch_size, dtype=dtype, mode=mode, **on)
         if options.synthetic and options.positives:
             base.calibrate(options.positives)
         base_row |= prepare(base, options)
@@ -144,11 +155,11 @@ def measure_ablation(
         row: Row = {**common, "side": f"without {switch.name}", "mode": off_mode, "switch": switch.key}
         rows.append(row)
         try:
-            reason = off_reason(options, switch)
+            reason = off_reason(options, switch, mode)
             if reason:
                 raise NotHere(reason)
             row["loss_difference"] = check_losses(options, batches, batch_size, {switch.key: switch.off}, base)
-            keys = as_arguments({**on, switch.key: switch.off})
+            keys = {**on, **as_arguments({switch.key: switch.off})}
             side = build(options, batches, batch_size, dtype=dtype, mode=off_mode, **keys)
             side.take_weights(base)
             row |= prepare(side, options)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.train_step.ablation import as_arguments, base_overrides, build
+from benchmarks.train_step.ablation import as_arguments, base_overrides, best_mode, build
 from benchmarks.train_step.measure import synchronize
-from benchmarks.train_step.run import Options, Row, failure, free, make_batches, nothing
-from benchmarks.train_step.sides import NotHere, known_key
+from benchmarks.train_step.run import Options, Row, failure, free, make_batches, mode_keys, nothing, warm_up
+from benchmarks.train_step.sides import NotHere
 
 STEPS = 3
 SHOWN = 40  # rows of a table; what is left is one more row
@@ -77,17 +77,15 @@ def measure_profile(options: Options, batch_size: int, save: Callable[[list[Row]
     from torch.profiler import ProfilerActivity, profile
 
     cuda = options.device.type == "cuda"
-    graph = "graph" in options.modes and cuda and known_key(options.config_file, "STEP.GRAPH", "True")
-    mode, dtype = "graph" if graph else "eager", options.dtypes[-1]
+    mode, dtype = best_mode(options), options.dtypes[-1]
     entry: Row = {"batch_size": batch_size, "side": "ours", "mode": mode, "dtype": dtype}
     try:
         batches = make_batches(options, "padded" if options.synthetic else "real", batch_size)
-        keys = base_overrides(options) | {"STEP.GRAPH": str(graph)}
-        side = build(options, batches, batch_size, dtype=dtype, mode=mode, **as_arguments(keys))
+        keys = as_arguments(base_overrides(options)) | mode_keys(mode)
+        side = build(options, batches, batch_size, dtype=dtype, mode=mode, **keys)
         if options.synthetic and options.positives:
             side.calibrate(options.positives)
-        for number in range(options.warmup):
-            side.step(number)
+        warm_up(side, max(1, options.warmup))
         synchronize(options.device)
         activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
         with profile(activities=activities) as profiler:

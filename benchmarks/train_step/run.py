@@ -41,6 +41,7 @@ from fastrcnn.config import Config, load_config
 logger = logging.getLogger("benchmarks.train_step")
 
 Row = dict[str, Any]
+RECORDED_AFTER = 5  # steps of a shape: three as they are, one recorded, one replayed
 PROPOSALS = 1000  # kept an image by both sides, in training and in testing
 
 
@@ -124,6 +125,13 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
+def mode_keys(mode: str) -> dict[str, str]:
+    """The keys of a mode, for :func:`config`. A graph has no shape that depends on data: on a CPU, where the mask head
+    runs on the real positives else, that has to be said."""
+    graph = {"MODEL__ROI_MASK_HEAD__POSITIVES_ONLY": "False"} if mode == "graph" else {}
+    return {"STEP__GRAPH": str(mode == "graph"), **graph}
+
+
 def our_sides(
     options: Options, batches: Sequence[StepBatch], batch_size: int
 ) -> Iterator[tuple[Row, Callable[[], Side]]]:
@@ -133,11 +141,9 @@ def our_sides(
             row = {"side": "ours", "mode": mode, "dtype": dtype}
 
             def make(dtype: str = dtype, mode: str = mode) -> Side:
-                if mode == "graph" and options.device.type != "cuda":
-                    raise NotHere("a CUDA graph needs a CUDA device")
                 if mode == "graph" and not known_key(options.config_file, "STEP.GRAPH", "True"):
                     raise NotHere("this version has no key STEP.GRAPH")
-                cfg = config(options, batch_size, dtype=dtype, STEP__GRAPH=str(mode == "graph"))
+                cfg = config(options, batch_size, dtype=dtype, **mode_keys(mode))
                 return Ours(cfg, batches, mode=mode)
 
             yield row, make
@@ -177,15 +183,28 @@ def peer_sides(options: Options, batches: Sequence[StepBatch], **more: int) -> I
         yield row, make
 
 
+def warm_up(side: Any, steps: int) -> None:
+    """Train ``steps`` times, on each shape of batch at least once: kernels are compiled and chosen, buffers made. A
+    side that is a graph records each shape."""
+    shapes: dict[tuple[int, int], int] = {}
+    for number, batch in enumerate(side.batches):
+        shapes.setdefault(batch.images.padded_size, number)
+    each = max(RECORDED_AFTER if side.mode == "graph" else 1, -(-steps // len(shapes)))
+    for _ in range(each if steps else 0):
+        for number in shapes.values():
+            side.step(number)
+
+
 def prepare(side: Any, options: Options) -> Row:
     """Warm a side up and count what one of its steps does.
 
     Raises:
-        NotHere: a loss is not finite.
+        NotHere: a loss is not finite, or the step was to be a graph and is none.
     """
     device = options.device
-    for number in range(options.warmup):
-        side.step(number)
+    warm_up(side, max(options.warmup, 1) if side.mode == "graph" else options.warmup)
+    if side.mode == "graph" and side.why_not_recorded():
+        raise NotHere(f"the step was not recorded: {side.why_not_recorded()}")
     counter = measure.Counter()
     with peak_memory(device) as memory, measure.count_syncs(device) as syncs, counter:
         losses = side.step(0)
@@ -204,7 +223,7 @@ def prepare(side: Any, options: Options) -> Row:
         "kernels": measure.count_kernels(side.step, device),
         "host_syncs": syncs[0] if cuda else counter.reads,
         "peak_bytes": memory["bytes"],
-        "flops": counter.flops if not captured else None,
+        "flops": side.flops(0) if captured else counter.flops,
         "mean_positives": sum(map(side.positives, range(len(side.batches)))) / len(side.batches),
     }
 
@@ -267,14 +286,9 @@ def measure_group(
 
 
 def add_utilisation(rows: Sequence[Row], options: Options) -> None:
-    """``gflop_per_image``, ``ceiling_tflops`` and ``mfu_percent``. A captured step has its eager twin's FLOPs."""
-    eager = {(row["side"], row["dtype"]): row.get("flops") for row in rows if row.get("flops")}
-    of_side: dict[str, Any] = {}
+    """``gflop_per_image``, ``ceiling_tflops`` and ``mfu_percent`` in the place of ``flops``."""
     for row in rows:
-        of_side.setdefault(row["side"], row.get("flops"))
-    for row in rows:
-        flops = row.get("flops") or eager.get((row["side"], row["dtype"])) or of_side.get(row["side"])
-        row.pop("flops", None)
+        flops = row.pop("flops", None)
         if not flops or "ms_per_step" not in row:
             continue
         ceiling = (

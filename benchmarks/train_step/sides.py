@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fastrcnn_kernels as kernels
 from benchmarks.train_step import calibrate
 from benchmarks.train_step.batches import StepBatch, to_torchvision
+from benchmarks.train_step.measure import Counter
 from fastrcnn.build import build_dataset, build_model, build_train_loader
 from fastrcnn.config import Config, ConfigError, load_config
 from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
@@ -123,6 +124,24 @@ class Ours:
     def step(self, number: int) -> dict[str, Tensor]:
         return self.train_step(self.batches[number % len(self.batches)], number)
 
+    def flops(self, number: int) -> int:
+        """Of a step run operator by operator: a replay shows none of its operators."""
+        graph, self.train_step.graph = self.train_step.graph, False
+        try:
+            with Counter() as counter:
+                self.step(number)
+        finally:
+            self.train_step.graph = graph
+        return counter.flops
+
+    def why_not_recorded(self) -> str:
+        """Why the step is not replayed as a graph; empty where it is."""
+        obstacle = getattr(self.train_step, "obstacle", lambda: "this version has no recorded step")()
+        graphed = getattr(self.train_step, "_graphed", None)
+        if obstacle or graphed is None:
+            return obstacle or "it was never asked to"
+        return "" if graphed.recorded else graphed.broken or "too few steps"
+
     def losses(self, number: int) -> dict[str, float]:
         """The losses of a batch in the model's own type, without an update; the random samples are those of step 0."""
         batch = self.batches[number % len(self.batches)]
@@ -205,6 +224,7 @@ class Loading:
         self.side = side
         self.mode, self.dtype, self.batches = side.mode, side.dtype, side.batches
         self.model, self.optimizer, self.positives = side.model, side.optimizer, side.positives
+        self.why_not_recorded, self.flops = side.why_not_recorded, side.flops
         cfg = side.cfg
         self._dataset = build_dataset(cfg, cfg.DATASETS.TRAIN, is_train=True)
         self._batches = iter(build_train_loader(cfg, self._dataset))
