@@ -31,7 +31,6 @@ import torch
 from benchmarks import convs, pytest_lines, report
 from benchmarks.machine import describe
 from benchmarks.train_step import tables as step_tables
-from benchmarks.train_step.sides import known_key
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "configs" / "demo_shapes.yaml"
@@ -123,7 +122,7 @@ def read_convs(folder: Path) -> tuple[Result, list[str]]:
 
 
 def read_training(folder: Path) -> tuple[Result, list[str]]:
-    """What a short training says: its losses, and whether they fell."""
+    """What a short training says: its losses, whether they fell, and whether its step was recorded."""
     path = folder / "run" / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     losses = [line["loss"] for line in lines if line.get("type") == "train" and "loss" in line]
@@ -136,6 +135,10 @@ def read_training(folder: Path) -> tuple[Result, list[str]]:
         failed.append(f"training: a loss is not finite: {losses}")
     elif not losses[-1] < losses[0]:
         failed.append(f"training: the loss did not fall: {losses[0]:.3f} to {losses[-1]:.3f}")
+    log = folder / "log.txt"
+    for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():
+        if "operator by operator" in line:  # what the step says where it is no graph
+            failed.append(f"training: {line.partition('INFO: ')[2] or line}"[:300])
     return {"training": found}, failed
 
 
@@ -176,8 +179,7 @@ def train_on_shapes(folder: Path, device: str, small: bool) -> int:
         "DTYPE": "float32" if device == "cpu" else "bfloat16",
         "OUTPUT_DIR": str(folder / "run"),
     }
-    if device != "cpu" and known_key(DEMO, "STEP.GRAPH", "True"):
-        overrides["STEP.GRAPH"] = "True"
+    overrides |= {"STEP.GRAPH": "True", "MODEL.ROI_MASK_HEAD.POSITIVES_ONLY": "False"}
     pairs = [word for pair in overrides.items() for word in pair]
     return train.main(["--config-file", str(DEMO), "--overwrite", "--skip-test", *pairs])
 

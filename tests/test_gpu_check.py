@@ -93,10 +93,10 @@ def test_c(): pass
 def test_what_was_found_before_the_limit_survives_it(tmp_path):
     body = "import time\ndef test_a(): pass\ndef test_b(): time.sleep(100)"
     began = time.monotonic()
-    part = gpu_check.run_part(Part("tests", 8, write_tests(tmp_path, body), gpu_check.read_tests), tmp_path / "out")
+    part = gpu_check.run_part(Part("tests", 6, write_tests(tmp_path, body), gpu_check.read_tests), tmp_path / "out")
     assert time.monotonic() - began < 30
     assert part["status"] == "stopped"
-    assert part["reasons"] == ["tests: stopped after 8 s"]
+    assert part["reasons"] == ["tests: stopped after 6 s"]
     assert [test["test"] for test in part["sections"]["tests"]] == ["test_it.py::test_a"]
 
 
@@ -140,6 +140,13 @@ def test_a_training_has_to_learn(tmp_path, losses, reason):
     found, failed = gpu_check.read_training(metrics(tmp_path / "t", losses))
     assert [reason in line for line in failed] == ([True] if reason else [])
     assert len(found["training"]["losses"]) == len(losses)
+
+
+def test_a_training_without_its_graph_is_a_failure(tmp_path):
+    folder = metrics(tmp_path / "t", [3.0, 2.0])
+    (folder / "log.txt").write_text("fastrcnn.step INFO: STEP.GRAPH: the step runs operator by operator (no wings)\n")
+    _, failed = gpu_check.read_training(folder)
+    assert failed == ["training: STEP.GRAPH: the step runs operator by operator (no wings)"]
 
 
 def test_a_training_that_does_not_learn_is_a_failed_part(tmp_path):

@@ -17,7 +17,7 @@ import fastrcnn_kernels as kernels
 from benchmarks.train_step import calibrate
 from benchmarks.train_step.batches import StepBatch, to_torchvision
 from benchmarks.train_step.measure import Counter
-from fastrcnn.build import build_dataset, build_model, build_train_loader
+from fastrcnn.build import build_dataset, build_model, build_train_loader, step_switches
 from fastrcnn.config import Config, ConfigError, load_config
 from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
 from fastrcnn.engine.step import TrainStep, autocast
@@ -107,14 +107,23 @@ class Ours:
         torch.manual_seed(0)
         self.model = build_model(cfg)
         calibrate.scale_blocks(self.model)
+        graph, fused = step_switches(cfg, self.device)
         self.optimizer = make_optimizer(
-            self.model, base_lr=LEARNING_RATE, momentum=cfg.SOLVER.MOMENTUM, weight_decay=cfg.SOLVER.WEIGHT_DECAY
+            self.model,
+            base_lr=LEARNING_RATE,
+            momentum=cfg.SOLVER.MOMENTUM,
+            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+            fused=fused,
         )
-        scheduler = WarmupMultiStepLR(self.optimizer, milestones=(), warmup_iters=0)
         self.train_step = TrainStep(
-            self.model, self.optimizer, scheduler, device=self.device, dtype=cfg.DTYPE, seed=0,
+            self.model,
+            self.optimizer,
+            WarmupMultiStepLR(self.optimizer, milestones=(), warmup_iters=0),
+            device=self.device,
+            dtype=cfg.DTYPE,
             clip_gradients=cfg.SOLVER.CLIP_GRADIENTS,
-        )  # fmt: skip
+            graph=graph,
+        )
         self.batches = list(batches)
         if resident:
             self.batches = each_once(batches, lambda b: StepBatch(b.images.to(self.device), b.targets))
@@ -136,10 +145,9 @@ class Ours:
 
     def why_not_recorded(self) -> str:
         """Why the step is not replayed as a graph; empty where it is."""
-        obstacle = getattr(self.train_step, "obstacle", lambda: "this version has no recorded step")()
-        graphed = getattr(self.train_step, "_graphed", None)
-        if obstacle or graphed is None:
-            return obstacle or "it was never asked to"
+        graphed = self.train_step._graphed
+        if graphed is None:
+            return self.train_step.obstacle() or "STEP.GRAPH is off"
         return "" if graphed.recorded else graphed.broken or "too few steps"
 
     def losses(self, number: int) -> dict[str, float]:
