@@ -177,6 +177,7 @@ def build_run(cfg: Config, world: World, args: argparse.Namespace, catalog: Cata
         seed=cfg.SOLVER.SEED,
         clip_gradients=cfg.SOLVER.CLIP_GRADIENTS,
         graph=graph,
+        mask_shares=cfg.STEP.MASK_SHARES,
     )
     checkpointer = Checkpointer(
         Path(cfg.OUTPUT_DIR),

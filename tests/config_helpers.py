@@ -24,6 +24,7 @@ OWN_KEYS = {
     "SOLVER.LOG_PERIOD": 20,
     "STEP.GRAPH": "auto",
     "STEP.FUSED_OPTIMIZER": "auto",
+    "STEP.MASK_SHARES": (0.25, 0.5, 0.75, 1.0),
     "TEST.VIS_IMAGES": 0,
     "TEST.EVAL_BACKEND": "pycocotools",
 }

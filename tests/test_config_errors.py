@@ -201,6 +201,10 @@ def test_the_first_of_several_mistakes_is_reported(tmp_path: Path) -> None:
     [
         (["SOLVER.STEPS", "(20, 10)"], ["SOLVER.STEPS must increase, got (20, 10)"]),
         (["SOLVER.STEPS", "(10, 10)"], ["SOLVER.STEPS must increase"]),
+        (
+            ["STEP.MASK_SHARES", "(0.5, 0.75)"],
+            ["MASK_SHARES must increase from more than 0 to 1, got (0.5, 0.75)"],
+        ),
         (["INPUT.MIN_SIZE_TRAIN", "(1400,)"], ["INPUT.MIN_SIZE_TRAIN 1400", "INPUT.MAX_SIZE_TRAIN 1333"]),
         (["INPUT.MAX_SIZE_TEST", "700"], ["INPUT.MIN_SIZE_TEST 800", "INPUT.MAX_SIZE_TEST 700"]),
         (["DATALOADER.SIZE_DIVISIBILITY", "16"], ["multiple of 32", "set DATALOADER.SIZE_DIVISIBILITY 32"]),

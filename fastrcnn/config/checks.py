@@ -32,7 +32,7 @@ class KeysDoNotFit(ValueError):
 def check_config(cfg: Config) -> None:
     """Raise :class:`KeysDoNotFit` for the first rule that ``cfg`` breaks."""
     families = (_backbone, _family, _rpn, _box_head, _mask_head, _keypoint_head)
-    for rule in (_solver, _sizes, _thresholds, *families, _augmentation):
+    for rule in (_solver, _step, _sizes, _thresholds, *families, _augmentation):
         for keys, message in rule(cfg):
             raise KeysDoNotFit(keys, message)
 
@@ -51,6 +51,12 @@ def _solver(cfg: Config) -> Iterator[Problem]:
     steps = cfg.SOLVER.STEPS
     if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
         yield ("SOLVER.STEPS",), f"SOLVER.STEPS must increase, got {steps}"
+
+
+def _step(cfg: Config) -> Iterator[Problem]:
+    shares = cfg.STEP.MASK_SHARES
+    if any(later <= earlier for earlier, later in itertools.pairwise(shares)) or shares[0] <= 0 or shares[-1] != 1:
+        yield ("STEP.MASK_SHARES",), f"STEP.MASK_SHARES must increase from more than 0 to 1, got {shares}"
 
 
 def _sizes(cfg: Config) -> Iterator[Problem]:

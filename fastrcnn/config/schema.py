@@ -100,6 +100,11 @@ class StepConfig(Section):
     FUSED_OPTIMIZER: Literal["auto"] | Bool = own(
         "auto", "SGD in one launch over one buffer of all parameters, which GRAPH needs; auto = on CUDA, or with GRAPH"
     )
+    MASK_SHARES: Annotated[tuple[Fraction, ...], Field(min_length=1)] = own(
+        (0.25, 0.5, 0.75, 1.0),
+        "With GRAPH the mask head runs on the smallest of these shares of the most positives that holds them all; "
+        "increasing to 1, and 1 alone makes the step one graph",
+    )
 
 
 class BboxAugConfig(Section):

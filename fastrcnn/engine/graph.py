@@ -38,6 +38,10 @@ class Recorder(Protocol):
         """
         ...
 
+    def fetch(self, number: Tensor) -> Callable[[], int]:
+        """Begin to read an integer of one element; the returned function waits for it, and for nothing after it."""
+        ...
+
 
 class CudaRecorder:
     """CUDA graphs that share one memory pool.
@@ -74,6 +78,18 @@ class CudaRecorder:
             graph.replay()
 
         return result, replay
+
+    def fetch(self, number: Tensor) -> Callable[[], int]:
+        landed = torch.empty((), dtype=torch.int64, pin_memory=True)
+        landed.copy_(number.view(()), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+
+        def wait() -> int:
+            event.synchronize()
+            return int(landed)
+
+        return wait
 
 
 class _KeepAlive(TorchDispatchMode):
@@ -113,6 +129,9 @@ class OperatorRecorder:
         with operators:
             result = function()
         return result, operators.replay
+
+    def fetch(self, number: Tensor) -> Callable[[], int]:
+        return lambda: int(number)
 
 
 class _Operators(TorchDispatchMode):

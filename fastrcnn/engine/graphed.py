@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,31 +22,76 @@ logger = logging.getLogger("fastrcnn.graph")
 Losses = Mapping[str, Tensor]
 
 
+class Program(Protocol):
+    """A step, as a whole or in three parts.
+
+    In parts the host learns a number of the first one, which chooses the third. While it travels the device runs the
+    second part, so that it never waits.
+    """
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether to run it in parts."""
+        ...
+
+    def whole(self, inputs: Any) -> Losses:
+        """All of it; returns 0-dim losses."""
+        ...
+
+    def begin(self, inputs: Any) -> Any:
+        """The first part; what it returns goes to the others."""
+        ...
+
+    def number(self, state: Any) -> Tensor:
+        """The number to read, one integer on the device."""
+        ...
+
+    def middle(self, state: Any) -> None:
+        """The second part."""
+        ...
+
+    def choose(self, state: Any, number: int) -> Hashable:
+        """The third part that ``number`` calls for."""
+        ...
+
+    def finish(self, state: Any, choice: Hashable, *, again: bool) -> Losses:
+        """The third part; returns 0-dim losses. ``again``: it will run on this ``state`` again."""
+        ...
+
+
+@dataclass
+class Part:
+    """A part of a step, or one of the choices for its last part."""
+
+    steps: int = 0
+    result: Any = None
+    replay: Replay | None = None
+
+
 @dataclass
 class Shape:
     """The batches of one key: where their tensors lie, and what was recorded for them."""
 
     inputs: StaticInputs
-    steps: int = 0
-    losses: Losses = field(default_factory=dict)
-    replay: Replay | None = None
+    begin: Part = field(default_factory=Part)
+    middle: Part = field(default_factory=Part)
+    finish: dict[Hashable, Part] = field(default_factory=dict)
 
 
 class GraphedStep:
-    """Runs ``compute`` on batches, recorded once for each of their shapes.
+    """Runs a step on batches, recorded once for each of their shapes (and for each choice of the last part).
 
     Args:
-        compute: the whole step on inputs of the structure that :func:`fastrcnn.engine.static.flatten` makes; returns
-            0-dim losses.
-        state: what ``compute`` depends on beside its inputs and the values of tensors: modes, addresses. Where it
-            changes, what was recorded is dropped.
-        warm_up: steps of a shape before it is recorded.
+        program: the step, on inputs of the structure that :func:`fastrcnn.engine.static.flatten` makes.
+        state: what the step depends on beside its inputs and the values of tensors: modes, addresses. Where it changes,
+            what was recorded is dropped.
+        warm_up: steps of a shape, and of a choice, before it is recorded.
         max_shapes: most shapes to record; the rest run as they are.
     """
 
     def __init__(
         self,
-        compute: Callable[[Any], Losses],
+        program: Program,
         recorder: Recorder,
         *,
         device: torch.device,
@@ -54,7 +99,7 @@ class GraphedStep:
         warm_up: int = 3,
         max_shapes: int = 16,
     ) -> None:
-        self.compute, self.recorder, self.device, self.state = compute, recorder, device, state
+        self.program, self.recorder, self.device, self.state = program, recorder, device, state
         self.warm_up, self.max_shapes = warm_up, max_shapes
         self.shapes: dict[Hashable, Shape] = {}
         self.known: Hashable = None
@@ -63,8 +108,9 @@ class GraphedStep:
 
     @property
     def recorded(self) -> int:
-        """Number of shapes that are replayed."""
-        return sum(shape.replay is not None for shape in self.shapes.values())
+        """Number of last parts that are replayed: one a shape where there is nothing to choose."""
+        parts = (part for shape in self.shapes.values() for part in shape.finish.values())
+        return sum(part.replay is not None for part in parts)
 
     def __call__(self, inputs: Any) -> dict[str, Tensor]:
         """One step; the losses are the caller's to keep."""
@@ -79,23 +125,39 @@ class GraphedStep:
         if shape is None:
             if len(self.shapes) >= self.max_shapes:
                 self._say(f"More than {self.max_shapes} shapes of batches: the others are not recorded")
-                on_device = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
-                return dict(self.compute(rebuild(on_device)))
+                return dict(self.program.whole(rebuild([t.to(self.device, non_blocking=True) for t in tensors])))
             shape = self.shapes[key] = Shape(StaticInputs(tensors, rebuild, self.device))
         shape.inputs.load(tensors)
-        shape.steps += 1
-        if shape.replay is not None:
-            shape.replay()
-            return _own(shape.losses)
-        compute, value = self.compute, shape.inputs.value
-        if shape.steps > self.warm_up and self.broken is None:
+        return self._step(shape)
+
+    def _step(self, shape: Shape) -> dict[str, Tensor]:
+        program, value = self.program, shape.inputs.value
+        if not program.in_parts:
+            part = shape.finish.setdefault(None, Part())
+            return _own(self._part(part, lambda: program.whole(value)))
+        state = self._part(shape.begin, lambda: program.begin(value))
+        wait = self.recorder.fetch(program.number(state))
+        self._part(shape.middle, lambda: program.middle(state))
+        choice = program.choose(state, wait())
+        # The last part goes back through the first: it is recorded on what the replays of that one leave behind.
+        again = shape.begin.replay is not None
+        part = shape.finish.setdefault(choice, Part())
+        return _own(self._part(part, lambda: program.finish(state, choice, again=again), wanted=again))
+
+    def _part(self, part: Part, function: Callable[[], Any], *, wanted: bool = True) -> Any:
+        """Replay a part, or record it, or run it."""
+        if part.replay is not None:
+            part.replay()
+            return part.result
+        part.steps += 1
+        if wanted and part.steps > self.warm_up and self.broken is None:
             try:
-                shape.losses, shape.replay = self.recorder.record(lambda: compute(value))
-                return _own(shape.losses)
+                part.result, part.replay = self.recorder.record(function)
+                return part.result
             except RuntimeError as error:
                 self.broken = (str(error).strip() or type(error).__name__).splitlines()[0]
                 logger.warning("The step cannot be recorded (%s): it runs operator by operator", self.broken)
-        return dict(self.recorder.run(lambda: compute(value)))
+        return self.recorder.run(function)
 
     def _say(self, message: str) -> None:
         if message not in self._said:

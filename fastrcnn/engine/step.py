@@ -7,7 +7,8 @@ The same code runs operator by operator on any device, and recorded: as a CUDA g
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +51,9 @@ class TrainStep:
         graph: record the step for each shape of batches and replay it, as CUDA graphs on a CUDA device, and operator by
             operator on a CPU, which is of use to tests alone. Where that is not possible (:meth:`obstacle`) the step
             runs as it is, and the log says once why.
+        mask_shares: what the mask head of a recorded step may run on, as shares of the most positives that a batch can
+            have, increasing to 1: the smallest that holds the batch's positives is chosen, so none is lost. Each is a
+            graph of its own; (1.0,) makes the step one graph.
         recorder: default by ``device``. warm_up, max_shapes: see :class:`GraphedStep`.
     """
 
@@ -64,6 +68,7 @@ class TrainStep:
         seed: int = 0,
         clip_gradients: float = 0.0,
         graph: bool = False,
+        mask_shares: Sequence[float] = (1.0,),
         recorder: Recorder | None = None,
         warm_up: int = 3,
         max_shapes: int = 16,
@@ -78,6 +83,9 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
         self.processes = 1
         self.graph = graph
+        self.mask_shares = tuple(mask_shares)
+        if self.mask_shares != tuple(sorted(set(self.mask_shares))) or self.mask_shares[-1:] != (1.0,):
+            raise ValueError(f"mask_shares must increase to 1.0, got {self.mask_shares}")
         self.warm_up, self.max_shapes = warm_up, max_shapes
         self._recorder = recorder
         self._graphed: GraphedStep | None = None
@@ -108,17 +116,52 @@ class TrainStep:
         if graphed is not None:
             losses = graphed(StepInputs(batch.images, pad_targets(Targets.from_boxlists(batch.targets))))
         else:
-            losses = self.compute(self._to_device(batch))
+            losses = self.whole(self._to_device(batch))
         self.scheduler.step()
         return losses
 
-    def compute(self, inputs: StepInputs) -> dict[str, Tensor]:
+    def whole(self, inputs: StepInputs) -> dict[str, Tensor]:
         """The step on the device: all of it that a graph holds."""
         with autocast(self.device, self.dtype):
             losses: dict[str, Tensor] = self.model(inputs.images, inputs.targets)
+        return self._learn(losses)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the mask head's capacity is chosen in the middle of a recorded step."""
+        heads = getattr(self.model, "roi_heads", {})
+        return len(self.mask_shares) > 1 and "mask" in heads
+
+    def begin(self, inputs: StepInputs) -> Any:
+        """The first part of :meth:`whole`: up to the sample of the heads."""
+        with autocast(self.device, self.dtype):
+            return self.model.begin_train(inputs.images, inputs.targets)  # type: ignore[operator]
+
+    def number(self, state: Any) -> Tensor:
+        """int64 []: the positives of the batch, on which the mask head runs."""
+        return state.sampled.total_positive  # type: ignore[no-any-return]
+
+    def middle(self, state: Any) -> None:
+        """The second part: the box head."""
+        with autocast(self.device, self.dtype):
+            self.model.box_train(state)  # type: ignore[operator]
+
+    def choose(self, state: Any, number: int) -> int:
+        """The smallest capacity of the mask head that holds ``number`` positives."""
+        capacities = [math.ceil(share * state.most_positives) for share in self.mask_shares]
+        return next(capacity for capacity in capacities if number <= capacity)
+
+    def finish(self, state: Any, choice: Hashable, *, again: bool) -> dict[str, Tensor]:
+        """The last part: the mask head on ``choice`` slots, and the way back through all parts."""
+        with autocast(self.device, self.dtype):
+            losses: dict[str, Tensor] = self.model.finish_train(state, choice)  # type: ignore[operator]
+        return self._learn(losses, again=again)
+
+    def _learn(self, losses: dict[str, Tensor], *, again: bool = False) -> dict[str, Tensor]:
+        """Backward and update. ``again``: the graph of autograd will be gone through once more."""
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
         self._forget_gradients()
-        self.scaler.scale(total).backward()
+        self.scaler.scale(total).backward(retain_graph=again)
         self._update()
         return {"loss": total.detach(), **{name: loss.detach() for name, loss in losses.items()}}
 
@@ -172,7 +215,7 @@ class TrainStep:
                 self.graph = False
                 return None
             self._graphed = GraphedStep(
-                self.compute,
+                self,
                 self._recorder or make_recorder(self.device),
                 device=self.device,
                 state=self._state,

@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 import fastrcnn_kernels as kernels
 from fastrcnn.models import box_head, rpn
-from fastrcnn.models.box_head import BoxHead
+from fastrcnn.models.box_head import BoxHead, SampledBoxes
 from fastrcnn.models.keypoint_head import KeypointHead
 from fastrcnn.models.mask_head import MaskHead
 from fastrcnn.models.retinanet import RetinaNet
 from fastrcnn.models.rpn import RPN
 from fastrcnn.structures import BoxList, ImageList, Targets
+
+
+@dataclass
+class TrainingState:
+    """What the parts of a training forward hand on.
+
+    Attributes:
+        features: the feature levels.
+        losses: those that are there so far.
+        sampled: the boxes that the heads train on; None for a model without a box head.
+        box_features: the box head's features of them, once it has run.
+    """
+
+    images: ImageList
+    targets: Targets
+    features: list[Tensor]
+    losses: dict[str, Tensor]
+    sampled: SampledBoxes | None = None
+    box_features: Tensor | None = None
+
+    @property
+    def most_positives(self) -> int:
+        """The most positives that the batch can have, a number of the host."""
+        return self.sampled.positive_labels.numel() if self.sampled is not None else 0
 
 
 class GeneralizedRCNN(nn.Module):
@@ -94,27 +119,50 @@ class GeneralizedRCNN(nn.Module):
         return self.backbone(images.tensors.contiguous(memory_format=memory_format))
 
     def forward_train(self, images: ImageList, targets: Targets) -> dict[str, Tensor]:
+        state = self.begin_train(images, targets)
+        self.box_train(state)
+        return self.finish_train(state)
+
+    def begin_train(self, images: ImageList, targets: Targets) -> TrainingState:
+        """The first part of the training forward: up to the sample of boxes that the heads train on."""
         features = self.features(images)
         if isinstance(self.rpn, RetinaNet):
             self.sampling_step += 1
-            return self.rpn.losses(images, features, targets)
+            return TrainingState(images, targets, features, self.rpn.losses(images, features, targets))
         proposals, losses = self.rpn(
             images, features, targets, self._seeds(images, rpn.SAMPLING_STREAM), with_proposals="box" in self.roi_heads
         )
+        state = TrainingState(images, targets, features, losses)
         if proposals is not None:
             box: BoxHead = self.roi_heads["box"]  # type: ignore[assignment]
-            sampled = box.sample(proposals, targets, self._seeds(images, box_head.SAMPLING_STREAM))
-            box_features, box_losses = box.forward_train(features, sampled)
-            losses |= box_losses
-            if "mask" in self.roi_heads:
-                mask: MaskHead = self.roi_heads["mask"]  # type: ignore[assignment]
-                shared = mask.feature_extractor is box.feature_extractor
-                losses |= mask.forward_train(features, sampled, targets, images, box_features if shared else None)
-            if "keypoint" in self.roi_heads:
-                keypoint: KeypointHead = self.roi_heads["keypoint"]  # type: ignore[assignment]
-                shared = keypoint.feature_extractor is box.feature_extractor
-                losses |= keypoint.forward_train(features, sampled, targets, box_features if shared else None)
+            state.sampled = box.sample(proposals, targets, self._seeds(images, box_head.SAMPLING_STREAM))
         self.sampling_step += 1
+        return state
+
+    def box_train(self, state: TrainingState) -> None:
+        """The second part: the box head, whose losses and features go into ``state``."""
+        if state.sampled is not None:
+            box: BoxHead = self.roi_heads["box"]  # type: ignore[assignment]
+            state.box_features, losses = box.forward_train(state.features, state.sampled)
+            state.losses = state.losses | losses
+
+    def finish_train(self, state: TrainingState, mask_capacity: int | None = None) -> dict[str, Tensor]:
+        """The last part: the other heads. Returns all losses, and leaves ``state`` as it is.
+
+        ``mask_capacity``: see :meth:`MaskHead.forward_train`.
+        """
+        losses = dict(state.losses)
+        features, sampled, targets = state.features, state.sampled, state.targets
+        if sampled is not None and "mask" in self.roi_heads:
+            mask: MaskHead = self.roi_heads["mask"]  # type: ignore[assignment]
+            shared = mask.feature_extractor is self.roi_heads["box"].feature_extractor
+            losses |= mask.forward_train(
+                features, sampled, targets, state.images, state.box_features if shared else None, mask_capacity
+            )
+        if sampled is not None and "keypoint" in self.roi_heads:
+            keypoint: KeypointHead = self.roi_heads["keypoint"]  # type: ignore[assignment]
+            shared = keypoint.feature_extractor is self.roi_heads["box"].feature_extractor
+            losses |= keypoint.forward_train(features, sampled, targets, state.box_features if shared else None)
         return losses
 
     def forward_test(self, images: ImageList) -> list[BoxList]:

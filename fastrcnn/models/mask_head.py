@@ -118,6 +118,18 @@ def _loss_of_shares(hidden: Tensor, last: nn.Conv2d, labels: Tensor, targets: Te
     return torch.where(present[:, None, None], loss, 0).sum() / normaliser
 
 
+def _first(chosen: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """The places of the first ``capacity`` that are True in ``chosen`` [n], and which of the results are real.
+
+    Returns:
+        int64 [capacity], 0 where there are no more; bool [capacity].
+    """
+    slot = torch.where(chosen, chosen.cumsum(0) - 1, capacity).clamp(max=capacity)  # [n]
+    places = slot.new_zeros(capacity + 1).scatter_(0, slot, torch.arange(len(chosen), device=chosen.device))
+    present = torch.arange(capacity, device=chosen.device) < chosen.sum()
+    return torch.where(present, places[:capacity], 0), present
+
+
 class MaskHead(nn.Module):
     """Features, prediction, loss and mask probabilities.
 
@@ -156,6 +168,7 @@ class MaskHead(nn.Module):
         targets: Targets,
         images: ImageList,
         box_features: Tensor | None = None,
+        capacity: int | None = None,
     ) -> dict[str, Tensor]:
         """``loss_mask``: binary cross entropy of the matched class's mask, mean over the pixels of the positives.
 
@@ -169,6 +182,12 @@ class MaskHead(nn.Module):
         if self.positives_only:
             real = (labels >= 0).nonzero().squeeze(1)
             rois, labels, instance = rois[real], labels[real], instance[real]
+            box_features = box_features[real] if box_features is not None else None
+        elif capacity is not None and capacity < len(rois):
+            real, present = _first(labels >= 0, capacity)
+            rois, labels, instance = rois[real], labels[real], instance[real]
+            rois = torch.cat([torch.where(present, rois[:, 0], -1)[:, None], rois[:, 1:]], dim=1)
+            labels, instance = torch.where(present, labels, -1), torch.where(present, instance, -1)
             box_features = box_features[real] if box_features is not None else None
 
         with torch.no_grad():

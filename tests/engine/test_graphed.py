@@ -16,6 +16,7 @@ from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
 from fastrcnn.engine.step import TrainStep
 from fastrcnn.structures import BoxList, ImageList
 from tests.engine.standin import Batch, Rig, assert_same, make_batch, make_rig, weights
+from tests.kernels.nosync import forbid_host_sync
 from tests.models.inputs import random_batch, small_keypoint_rcnn, small_model, small_retinanet, with_keypoints
 
 NEVER = 1_000_000
@@ -207,19 +208,11 @@ FAMILIES = [
 COUNTS = [[3, 1], [0, 0], [1, 0], [16, 5], [0, 1], [2, 2], [16, 16], [0, 0]]
 
 
-def detector_step(model: nn.Module, warm_up: int, dtype: str = "float32") -> TrainStep:
+def detector_step(model: nn.Module, warm_up: int, dtype: str = "float32", **settings: Any) -> TrainStep:
     optimizer = make_optimizer(model, base_lr=0.002, momentum=0.9, weight_decay=1e-4, fused=True)
     scheduler = WarmupMultiStepLR(optimizer, milestones=(5,), warmup_iters=4)
-    return TrainStep(
-        model,
-        optimizer,
-        scheduler,
-        device=torch.device("cpu"),
-        dtype=dtype,
-        clip_gradients=10.0,
-        graph=True,
-        warm_up=warm_up,
-    )
+    arguments = {"device": torch.device("cpu"), "clip_gradients": 10.0, "graph": True, **settings}
+    return TrainStep(model, optimizer, scheduler, dtype=dtype, warm_up=warm_up, **arguments)
 
 
 def detector_batch(step: int, keypoints: bool) -> Batch:
@@ -241,3 +234,81 @@ def test_a_detector_is_replayed_exactly(make: Callable[[], nn.Module]) -> None:
     assert_same(dict(plain.model.state_dict()), dict(replayed.model.state_dict()))
     assert replayed._graphed is not None
     assert replayed._graphed.recorded == 1, "one shape for all"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("make", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cuda_graph_is_the_steps_themselves(make: Callable[[], nn.Module], dtype: str) -> None:
+    """As above on the card, with the graphs of the mask head's capacities."""
+    plain, replayed = (
+        detector_step(make().cuda(), n, dtype, device=torch.device("cuda"), mask_shares=SHARES) for n in (NEVER, 1)
+    )
+    keypoints = "keypoint" in getattr(plain.model, "roi_heads", {})
+    for step in range(10):
+        batch = detector_batch(step, keypoints)
+        expected, actual = plain(batch, step), replayed(batch, step)
+        assert {k: v.item() for k, v in actual.items()} == {k: v.item() for k, v in expected.items()}, step
+    assert_same(dict(plain.model.state_dict()), dict(replayed.model.state_dict()))
+    assert replayed._graphed is not None
+    assert replayed._graphed.broken is None
+    assert replayed._graphed.recorded >= 1
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_nothing_is_read_and_nothing_comes_from_the_host(make: Callable[[], nn.Module]) -> None:
+    """No CUDA graph can hold a copy from the host, not even of a constant."""
+    step = detector_step(make(), NEVER)
+    batch = detector_batch(0, "keypoint" in getattr(step.model, "roi_heads", {}))
+    step(batch, 0)
+    assert step._graphed is not None
+    (shape,) = step._graphed.shapes.values()
+    with forbid_host_sync(allow_constants=False):
+        step.whole(shape.inputs.value)
+
+
+SHARES = (0.25, 0.5, 0.75, 1.0)
+
+
+def eager(model: nn.Module) -> None:
+    """Make proposals differ, and many fit a ground truth, so that positives are many and of varying number."""
+    with torch.no_grad():
+        model.rpn.head.bbox_pred.weight.mul_(20)  # type: ignore[union-attr, operator]
+        model.rpn.head.cls_logits.weight.mul_(50)  # type: ignore[union-attr, operator]
+    model.roi_heads["box"].fg_iou_threshold = 0.2  # type: ignore[index, union-attr]
+    model.roi_heads["box"].bg_iou_threshold = 0.2  # type: ignore[index, union-attr]
+
+
+def test_the_mask_head_runs_on_the_smallest_capacity_that_fits() -> None:
+    """Step by step: the same losses and weights as on all slots, to rounding, whatever capacity was chosen."""
+    models = [small_model(*STATIC) for _ in range(3)]
+    for model in models:
+        eager(model)
+    full = detector_step(models[0], NEVER)
+    plain = detector_step(models[1], NEVER, mask_shares=SHARES)
+    replayed = detector_step(models[2], 1, mask_shares=SHARES)
+    slots: list[int] = []
+    positives: list[int] = []
+    models[1].roi_heads["mask"].feature_extractor.register_forward_pre_hook(lambda _, args: slots.append(len(args[1])))
+    sample = models[1].roi_heads["box"].sample
+
+    def counted(*args: Any) -> Any:
+        sampled = sample(*args)
+        positives.append(int(sampled.num_positive.sum()))
+        return sampled
+
+    models[1].roi_heads["box"].sample = counted
+    for step in range(16):
+        batch = detector_batch(step % 4 if step > 8 else step, keypoints=False)
+        expected, chosen, actual = full(batch, step), plain(batch, step), replayed(batch, step)
+        assert {k: v.item() for k, v in actual.items()} == {k: v.item() for k, v in chosen.items()}, step
+        for name, loss in expected.items():
+            torch.testing.assert_close(chosen[name], loss, rtol=2e-4, atol=1e-5)
+    assert_same(dict(plain.model.state_dict()), dict(replayed.model.state_dict()))
+    assert len(positives) == len(slots) == 16
+    for number, room in zip(positives, slots, strict=True):
+        assert room == next(capacity for capacity in (8, 16, 24, 32) if capacity >= number)
+    assert len(set(slots)) >= 3, "several capacities occurred"
+    assert replayed._graphed is not None
+    assert replayed._graphed.recorded >= 2
