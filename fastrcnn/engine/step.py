@@ -139,7 +139,7 @@ class TrainStep:
 
     def number(self, state: Any) -> Tensor:
         """int64 []: the positives of the batch, on which the mask head runs."""
-        return state.sampled.total_positive  # type: ignore[no-any-return]
+        return state.sampled.total_positive
 
     def middle(self, state: Any) -> None:
         """The second part: the box head."""
