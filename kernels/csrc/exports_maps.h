@@ -50,6 +50,11 @@ void deform_conv_columns(const DeformConvProblem& p, int64_t start, int64_t coun
 void deform_conv_backward(const DeformConvProblem& p, int64_t start, int64_t count,
                           const std::array<std::uintptr_t, 5>& addresses, bool wide);
 
+// 0: 6x6 pixels of the NHWC map to planes; 1: 4x4 pixels of a gradient; 2: planes to 4x4 pixels of the map.
+void winograd_transform(int transform, std::uintptr_t map, std::uintptr_t planes, std::uintptr_t bias,
+                        std::uintptr_t residual, int64_t height, int64_t width, int64_t channels, int64_t first,
+                        int64_t count, bool relu, bool float64, int threads);
+
 // norm.cpp
 // out = relu(x * scale + shift + residual) over [outer, channels, inner]; x may be out. residual 0: none.
 void scale_shift(std::uintptr_t x, std::uintptr_t scale, std::uintptr_t shift, std::uintptr_t residual,

@@ -91,6 +91,7 @@ void bind_maps(py::module_& m) {
       }));
   m.def("deform_conv_columns", &kernels::deform_conv_columns, unlocked);
   m.def("deform_conv_backward", &kernels::deform_conv_backward, unlocked);
+  m.def("winograd_transform", &kernels::winograd_transform, unlocked);
   m.def("scale_shift", &kernels::scale_shift, unlocked);
   m.def("scale_shift_backward", &kernels::scale_shift_backward, unlocked);
   m.def("fused_sgd", &kernels::fused_sgd, unlocked);
