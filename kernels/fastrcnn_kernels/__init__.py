@@ -15,6 +15,7 @@ from fastrcnn_kernels.boxes import (
     is_large_enough,
     remove_small_boxes,
 )
+from fastrcnn_kernels.conv import conv2d
 from fastrcnn_kernels.deform_conv import DeformConv2d, deform_conv2d
 from fastrcnn_kernels.keypoints import keypoint_targets, keypoints_from_heatmaps
 from fastrcnn_kernels.losses import sigmoid_focal_loss, smooth_l1_loss
@@ -58,6 +59,7 @@ __all__ = [
     "clip_boxes_to_image",
     "complete_box_iou",
     "complete_box_iou_loss",
+    "conv2d",
     "decode_boxes",
     "decode_proposals",
     "deform_conv2d",
