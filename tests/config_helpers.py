@@ -11,7 +11,8 @@ from fastrcnn.config import Config, load_config
 
 OWN_KEYS = {
     "MODEL.CONVENTION": "maskrcnn_benchmark",
-    "MODEL.CHANNELS_LAST": False,
+    "MODEL.CHANNELS_LAST": True,
+    "MODEL.FUSED_CONVOLUTIONS": True,
     "MODEL.BACKBONE.FROZEN_BN_EPSILON": 0.0,
     "MODEL.RPN.SPARSE_BACKWARD": True,
     "MODEL.ROI_MASK_HEAD.POSITIVES_ONLY": "auto",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -56,11 +58,14 @@ def build_model(cfg: Config) -> GeneralizedRCNN:
 
 
 def _assemble(cfg: Config, convention: Convention) -> GeneralizedRCNN:
+    detector = partial(
+        GeneralizedRCNN, fused_convolutions=cfg.MODEL.FUSED_CONVOLUTIONS, channels_last=cfg.MODEL.CHANNELS_LAST
+    )
     is_fbnet = cfg.MODEL.BACKBONE.CONV_BODY == "FBNet"
     backbone = (build_fbnet_backbone if is_fbnet else build_resnet_backbone)(cfg, convention)
     if cfg.MODEL.RETINANET_ON:
         retinanet = build_retinanet(cfg, backbone.out_channels, convention)
-        return GeneralizedRCNN(backbone, retinanet, channels_last=cfg.MODEL.CHANNELS_LAST)
+        return detector(backbone, retinanet)
     box = mask = keypoint = None
     if not cfg.MODEL.RPN_ONLY:
         box = build_box_head(cfg, backbone.out_channels, convention)
@@ -69,7 +74,7 @@ def _assemble(cfg: Config, convention: Convention) -> GeneralizedRCNN:
         if cfg.MODEL.KEYPOINT_ON:
             keypoint = build_keypoint_head(cfg, backbone.out_channels, convention, box)
     rpn = build_rpn(cfg, backbone.out_channels, convention)
-    return GeneralizedRCNN(backbone, rpn, box, mask, keypoint, channels_last=cfg.MODEL.CHANNELS_LAST)
+    return detector(backbone, rpn, box, mask, keypoint)
 
 
 def for_testing(cfg: Config, model: nn.Module) -> nn.Module:

@@ -270,7 +270,8 @@ class ModelConfig(Section):
         "maskrcnn_benchmark",
         "Whose numeric choices the model follows; also gives defaults of other keys (docs/conventions.md)",
     )
-    CHANNELS_LAST: Bool = own(False, "Keep feature maps in NHWC memory order (faster on GPUs with bfloat16)")
+    CHANNELS_LAST: Bool = own(True, "Keep feature maps in NHWC memory order")
+    FUSED_CONVOLUTIONS: Bool = own(True, "Run convolutions together with frozen norm, bias, residual and ReLU")
     BACKBONE: BackboneConfig = BackboneConfig()
     FPN: FpnConfig = FpnConfig()
     GROUP_NORM: GroupNormConfig = GroupNormConfig()

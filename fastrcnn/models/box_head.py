@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastrcnn_kernels as kernels
 from fastrcnn.conventions import Convention
-from fastrcnn.models.layers import NormFactory, at_least_float32, make_fc, normal_init
+from fastrcnn.models.layers import Conv2d, NormFactory, at_least_float32, make_fc, normal_init
 from fastrcnn.models.pooler import Pooler, to_rois
 from fastrcnn.structures import BoxList, ImageList, Proposals, Targets
 
@@ -114,7 +114,7 @@ class FPNXconv1fcFeatureExtractor(nn.Module):
         self.pooler = pooler
         layers: list[nn.Module] = []
         for channels in [in_channels, *[conv_channels] * (num_convs - 1)]:
-            conv = nn.Conv2d(channels, conv_channels, 3, padding=dilation, dilation=dilation, bias=norm is None)
+            conv = Conv2d(channels, conv_channels, 3, padding=dilation, dilation=dilation, bias=norm is None)
             normal_init(conv, std=0.01)
             layers += [conv, *([norm(conv_channels)] if norm else []), nn.ReLU(inplace=True)]
         self.xconvs = nn.Sequential(*layers)

@@ -12,6 +12,7 @@ import fastrcnn_kernels as kernels
 from fastrcnn.models import box_head, rpn
 from fastrcnn.models.box_head import BoxHead, SampledBoxes
 from fastrcnn.models.keypoint_head import KeypointHead
+from fastrcnn.models.layers import Conv2d
 from fastrcnn.models.mask_head import MaskHead
 from fastrcnn.models.retinanet import RetinaNet
 from fastrcnn.models.rpn import RPN
@@ -57,6 +58,7 @@ class GeneralizedRCNN(nn.Module):
         rpn: the proposals; or RetinaNet, which gives detections itself and has no heads after it.
         box: None trains and tests the RPN alone.
         mask, keypoint: optional; need ``box``.
+        fused_convolutions: run convolutions together with frozen norm, bias, residual and ReLU (``layers.Conv2d``).
         channels_last: hold weights and feature maps in NHWC order, which convolutions prefer on most devices.
     """
 
@@ -71,7 +73,8 @@ class GeneralizedRCNN(nn.Module):
         mask: MaskHead | None = None,
         keypoint: KeypointHead | None = None,
         *,
-        channels_last: bool = False,
+        fused_convolutions: bool = True,
+        channels_last: bool = True,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -89,6 +92,9 @@ class GeneralizedRCNN(nn.Module):
         self.roi_heads = nn.ModuleDict(heads)
         self.register_buffer("sampling_seed", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("sampling_step", torch.zeros((), dtype=torch.int64), persistent=False)
+        for module in self.modules():
+            if isinstance(module, Conv2d):
+                module.fused = fused_convolutions
         self.channels_last = channels_last
         if channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastrcnn.models.fbnet_archs import Block
 from fastrcnn.models.fbnet_blocks import BlockStyle, ConvNorm, ConvNorms, make_blocks, side_behind
-from fastrcnn.models.layers import normal_init
+from fastrcnn.models.layers import Conv2d, normal_init
 from fastrcnn.models.pooler import Pooler
 
 Blocks = Sequence[tuple[int, int, Block]]
@@ -54,8 +54,8 @@ class RPNRegressor(nn.Module):
 
     def __init__(self, in_channels: int, num_anchors: int) -> None:
         super().__init__()
-        self.cls_logits = nn.Conv2d(in_channels, num_anchors, 1)
-        self.bbox_pred = nn.Conv2d(in_channels, num_anchors * 4, 1)
+        self.cls_logits = Conv2d(in_channels, num_anchors, 1)
+        self.bbox_pred = Conv2d(in_channels, num_anchors * 4, 1)
         for layer in (self.cls_logits, self.bbox_pred):
             normal_init(layer, std=0.01)
 

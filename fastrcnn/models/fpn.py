@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrcnn.models.layers import NormFactory, conv_kaiming_uniform
+from fastrcnn.models.layers import Conv2d, NormFactory, conv_kaiming_uniform
 
 
 class LastLevelP6P7(nn.Module):
@@ -69,8 +69,12 @@ class FPN(nn.Module):
         inner: Tensor | None = None
         maps: list[Tensor] = []
         for level, feature in zip(reversed(self.levels), reversed(features), strict=True):
-            lateral = self.get_submodule(f"fpn_inner{level}")(feature)
-            inner = lateral if inner is None else lateral + F.interpolate(inner, scale_factor=2, mode="nearest")
+            above = None if inner is None else F.interpolate(inner, scale_factor=2, mode="nearest")
+            lateral = self.get_submodule(f"fpn_inner{level}")
+            if isinstance(lateral, Conv2d):
+                inner = lateral(feature, above)
+            else:
+                inner = lateral(feature) if above is None else lateral(feature) + above
             maps.append(self.get_submodule(f"fpn_layer{level}")(inner))
         maps.reverse()
         if self.top_blocks is not None:

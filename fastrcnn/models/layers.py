@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrcnn_kernels import frozen_batch_norm
+from fastrcnn_kernels import conv2d, frozen_batch_norm
 
 NormFactory = Callable[[int], nn.Module]
 
@@ -32,6 +33,18 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("bias", torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
+        self._folded: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
+
+    def scale_shift(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """This layer as x * scale + shift, [C] each in ``dtype``; kept until one of the buffers changes."""
+        buffers = (self.weight, self.bias, self.running_mean, self.running_var)
+        state = (dtype, *((b.device, b.data_ptr(), b._version) for b in buffers))
+        if self._folded is None or self._folded[0] != state:
+            with torch.no_grad():
+                weight, bias, mean, var = (b.to(dtype) for b in buffers)
+                scale = weight * (var + self.eps).rsqrt()
+                self._folded = (state, scale, bias - mean * scale)
+        return self._folded[1:]
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Normalise; then add ``residual`` and clamp at 0 if asked to, in the same pass."""
@@ -43,14 +56,52 @@ class FrozenBatchNorm2d(nn.Module):
         return f"{len(self.weight)}, eps={self.eps}"
 
 
-def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + residual), in one pass where the norm can."""
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d`` that takes what follows it into the same operator.
+
+    Attributes:
+        fused: run :func:`fastrcnn_kernels.conv2d`; False: torch's convolution, and what follows it by itself.
+    """
+
+    fused = False
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        norm: FrozenBatchNorm2d | None = None,
+    ) -> Tensor:
+        """relu(norm(conv(x)) + residual).
+
+        A fused convolution has the norm folded into it: the weights are multiplied by its scale, by an operator that
+        autograd knows, so that their gradient is exact.
+        """
+        if not self.fused:
+            out = super().forward(x)
+            return _add_relu(out, residual, relu) if norm is None else norm(out, residual, relu)
+        weight, bias = self.weight, self.bias
+        if norm is not None:
+            scale, shift = norm.scale_shift(weight.dtype)
+            weight = weight * scale[:, None, None, None]
+            bias = shift if bias is None else shift + bias * scale
+        geometry: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.groups)
+        return conv2d(x, weight, bias, *geometry, residual=residual, relu=relu)
+
+
+def conv_norm(
+    conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None = None, *, relu: bool = False
+) -> Tensor:
+    """relu(norm(conv(x)) + residual), in one operator where both layers can."""
     if isinstance(norm, FrozenBatchNorm2d):
-        return norm(x, residual, relu=True)
-    out: Tensor = norm(x)
+        return conv(x, residual, relu, norm) if isinstance(conv, Conv2d) else norm(conv(x), residual, relu)
+    return _add_relu(norm(conv(x)), residual, relu)
+
+
+def _add_relu(out: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     if residual is not None:
         out += residual
-    return F.relu_(out)
+    return F.relu_(out) if relu else out
 
 
 def group_norm_factory(num_groups: int = 32, dim_per_group: int = -1, eps: float = 1e-5) -> NormFactory:
@@ -72,18 +123,18 @@ def frozen_batch_norm_factory(eps: float = 0.0) -> NormFactory:
     return lambda channels: FrozenBatchNorm2d(channels, eps)
 
 
-def conv_kaiming_uniform(in_channels: int, out_channels: int, kernel_size: int, **kwargs: int | bool) -> nn.Conv2d:
+def conv_kaiming_uniform(in_channels: int, out_channels: int, kernel_size: int, **kwargs: int | bool) -> Conv2d:
     """A convolution initialised as Caffe2's XavierFill: kaiming_uniform(a=1), zero bias."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, **kwargs)  # type: ignore[arg-type]
+    conv = Conv2d(in_channels, out_channels, kernel_size, **kwargs)  # type: ignore[arg-type]
     nn.init.kaiming_uniform_(conv.weight, a=1)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
     return conv
 
 
-def conv_kaiming_normal(in_channels: int, out_channels: int, kernel_size: int, **kwargs: int | bool) -> nn.Conv2d:
+def conv_kaiming_normal(in_channels: int, out_channels: int, kernel_size: int, **kwargs: int | bool) -> Conv2d:
     """A convolution initialised as Caffe2's MSRAFill: kaiming_normal(fan_out, relu), zero bias."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, **kwargs)  # type: ignore[arg-type]
+    conv = Conv2d(in_channels, out_channels, kernel_size, **kwargs)  # type: ignore[arg-type]
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastrcnn_kernels as kernels
 from fastrcnn.conventions import Convention
 from fastrcnn.models.box_head import SampledBoxes
-from fastrcnn.models.layers import NormFactory, at_least_float32, conv_kaiming_normal
+from fastrcnn.models.layers import Conv2d, NormFactory, at_least_float32, conv_kaiming_normal
 from fastrcnn.models.mask_targets import bitmap_targets, polygon_targets
 from fastrcnn.models.pooler import Pooler
 from fastrcnn.structures import BoxList, ImageList, Targets
@@ -46,7 +46,8 @@ class MaskRCNNFPNFeatureExtractor(nn.Module):
         """[K, C, M, M] for rois [K, 5]."""
         x = self.pooler(features, rois)
         for name in self.names:
-            x = F.relu(self.get_submodule(name)(x))
+            layer = self.get_submodule(name)
+            x = layer(x, relu=True) if isinstance(layer, Conv2d) else F.relu(layer(x))
         return x
 
 
@@ -56,7 +57,7 @@ class MaskRCNNC4Predictor(nn.Module):
     def __init__(self, in_channels: int, hidden: int, num_classes: int) -> None:
         super().__init__()
         self.conv5_mask = nn.ConvTranspose2d(in_channels, hidden, 2, stride=2)
-        self.mask_fcn_logits = nn.Conv2d(hidden, num_classes, 1)
+        self.mask_fcn_logits = Conv2d(hidden, num_classes, 1)
         for layer in (self.conv5_mask, self.mask_fcn_logits):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

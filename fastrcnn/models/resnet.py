@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrcnn.models.deformable import Deformable, DeformableConv3x3
-from fastrcnn.models.layers import NormFactory, conv_kaiming_uniform, norm_relu
+from fastrcnn.models.layers import NormFactory, conv_kaiming_uniform, conv_norm
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 BASIC_DEPTHS = (18, 34)
@@ -28,7 +28,7 @@ class Stem(nn.Module):
         self.bn1 = norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(norm_relu(self.bn1, self.conv1(x)), kernel_size=3, stride=2, padding=1)
+        return F.max_pool2d(conv_norm(self.conv1, self.bn1, x, relu=True), kernel_size=3, stride=2, padding=1)
 
 
 class Bottleneck(nn.Module):
@@ -69,9 +69,9 @@ class Bottleneck(nn.Module):
         self.bn3 = norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = norm_relu(self.bn1, self.conv1(x))
-        out = norm_relu(self.bn2, self.conv2(out))
-        return norm_relu(self.bn3, self.conv3(out), x if self.downsample is None else self.downsample(x))
+        out = conv_norm(self.conv1, self.bn1, x, relu=True)
+        out = conv_norm(self.conv2, self.bn2, out, relu=True)
+        return conv_norm(self.conv3, self.bn3, out, _shortcut(self.downsample, x), relu=True)
 
 
 class BasicBlock(nn.Module):
@@ -90,16 +90,20 @@ class BasicBlock(nn.Module):
         self.bn2 = norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = norm_relu(self.bn1, self.conv1(x))
-        return norm_relu(self.bn2, self.conv2(out), x if self.downsample is None else self.downsample(x))
+        out = conv_norm(self.conv1, self.bn1, x, relu=True)
+        return conv_norm(self.conv2, self.bn2, out, _shortcut(self.downsample, x), relu=True)
 
 
-def _downsample(in_channels: int, out_channels: int, stride: int, norm: NormFactory) -> nn.Module | None:
+def _downsample(in_channels: int, out_channels: int, stride: int, norm: NormFactory) -> nn.Sequential | None:
     if in_channels == out_channels and stride == 1:
         return None
     return nn.Sequential(
         conv_kaiming_uniform(in_channels, out_channels, 1, stride=stride, bias=False), norm(out_channels)
     )
+
+
+def _shortcut(downsample: nn.Sequential | None, x: Tensor) -> Tensor:
+    return x if downsample is None else conv_norm(downsample[0], downsample[1], x)
 
 
 def make_stage(

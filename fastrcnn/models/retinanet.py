@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastrcnn_kernels as kernels
 from fastrcnn.conventions import Convention
 from fastrcnn.models.anchors import AnchorGenerator
-from fastrcnn.models.layers import at_least_float32, normal_init
+from fastrcnn.models.layers import Conv2d, at_least_float32, normal_init
 from fastrcnn.structures import BoxList, ImageList, Targets
 
 # Logits this far under the threshold are certain not to pass it, whatever the rounding of the sigmoid.
@@ -38,8 +38,8 @@ class RetinaNetHead(nn.Module):
         super().__init__()
         self.cls_tower = _tower(in_channels, num_convs)
         self.bbox_tower = _tower(in_channels, num_convs)
-        self.cls_logits = nn.Conv2d(in_channels, num_anchors * num_columns, 3, padding=1)
-        self.bbox_pred = nn.Conv2d(in_channels, num_anchors * 4, 3, padding=1)
+        self.cls_logits = Conv2d(in_channels, num_anchors * num_columns, 3, padding=1)
+        self.bbox_pred = Conv2d(in_channels, num_anchors * 4, 3, padding=1)
         normal_init(self.cls_logits, std=0.01)
         normal_init(self.bbox_pred, std=0.01)
         assert self.cls_logits.bias is not None
@@ -55,7 +55,7 @@ class RetinaNetHead(nn.Module):
 def _tower(channels: int, num_convs: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(num_convs):
-        conv = nn.Conv2d(channels, channels, 3, padding=1)
+        conv = Conv2d(channels, channels, 3, padding=1)
         normal_init(conv, std=0.01)
         layers += [conv, nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastrcnn_kernels as kernels
 from fastrcnn.conventions import Convention
 from fastrcnn.models.anchors import AnchorGenerator
-from fastrcnn.models.layers import normal_init
+from fastrcnn.models.layers import Conv2d, normal_init
 from fastrcnn.structures import ImageList, Proposals, Targets
 
 SAMPLING_STREAM = 1
@@ -26,9 +25,9 @@ class RPNHead(nn.Module):
 
     def __init__(self, in_channels: int, num_anchors: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
-        self.cls_logits = nn.Conv2d(in_channels, num_anchors, 1)
-        self.bbox_pred = nn.Conv2d(in_channels, num_anchors * 4, 1)
+        self.conv = Conv2d(in_channels, in_channels, 3, padding=1)
+        self.cls_logits = Conv2d(in_channels, num_anchors, 1)
+        self.bbox_pred = Conv2d(in_channels, num_anchors * 4, 1)
         for layer in (self.conv, self.cls_logits, self.bbox_pred):
             normal_init(layer, std=0.01)
 
@@ -37,7 +36,7 @@ class RPNHead(nn.Module):
         objectness: list[Tensor] = []
         deltas: list[Tensor] = []
         for feature in features:
-            hidden = F.relu_(self.conv(feature))
+            hidden = self.conv(feature, relu=True)
             objectness.append(self.cls_logits(hidden))
             deltas.append(self.bbox_pred(hidden))
         return objectness, deltas

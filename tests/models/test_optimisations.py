@@ -30,6 +30,9 @@ OPTIMISATIONS = {
     "positives-only": Optimisation(
         on=("MODEL.ROI_MASK_HEAD.POSITIVES_ONLY", "True"), off=("MODEL.ROI_MASK_HEAD.POSITIVES_ONLY", "False")
     ),
+    "fused-convolutions": Optimisation(
+        on=("MODEL.FUSED_CONVOLUTIONS", "True"), off=("MODEL.FUSED_CONVOLUTIONS", "False")
+    ),
     "channels-last": Optimisation(on=("MODEL.CHANNELS_LAST", "True"), off=("MODEL.CHANNELS_LAST", "False")),
 }
 OPTIMISATIONS["all"] = Optimisation(
