@@ -42,7 +42,10 @@ NARROW = [
     "MODEL.RPN.PRE_NMS_TOP_N_TRAIN", "100", "MODEL.RPN.FPN_POST_NMS_TOP_N_TRAIN", "100",
 ]  # fmt: skip
 
-DENSE = {"convolution", "convolution_backward", "addmm", "mm", "bmm", "baddbmm", "linear", "addmm_"}
+DENSE = {
+    "convolution", "convolution_backward", "conv2d", "conv2d_backward", "addmm", "addmm_", "mm", "bmm", "baddbmm",
+    "linear",
+}  # fmt: skip
 ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 FREE = {"_unsafe_view", "set_", "resize_", "is_pinned", "_assert_async"}
 

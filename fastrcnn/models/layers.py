@@ -72,21 +72,16 @@ class Conv2d(nn.Conv2d):
         relu: bool = False,
         norm: FrozenBatchNorm2d | None = None,
     ) -> Tensor:
-        """relu(norm(conv(x)) + residual).
-
-        A fused convolution has the norm folded into it: the weights are multiplied by its scale, by an operator that
-        autograd knows, so that their gradient is exact.
-        """
+        """relu(norm(conv(x)) + residual)."""
         if not self.fused:
             out = super().forward(x)
             return _add_relu(out, residual, relu) if norm is None else norm(out, residual, relu)
-        weight, bias = self.weight, self.bias
+        scale, bias = None, self.bias
         if norm is not None:
-            scale, shift = norm.scale_shift(weight.dtype)
-            weight = weight * scale[:, None, None, None]
+            scale, shift = norm.scale_shift(self.weight.dtype)
             bias = shift if bias is None else shift + bias * scale
         geometry: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.groups)
-        return conv2d(x, weight, bias, *geometry, residual=residual, relu=relu)
+        return conv2d(x, self.weight, bias, *geometry, scale=scale, residual=residual, relu=relu)
 
 
 def conv_norm(

@@ -1,11 +1,11 @@
 """A convolution with what follows it in a detector: bias, residual and ReLU.
 
-    out = relu(conv(x, weight) + bias + residual)
+    out = relu(conv(x, weight) * scale + bias + residual)
 
-A frozen batch norm in front of the ReLU is a bias and a factor on the weights (fold it: ``weight * scale``; autograd
-then gives the exact gradient of the weights). The products are torch's: cuDNN on a GPU, oneDNN on a CPU, or, on a CPU
-where maps are NHWC, Winograd's (:mod:`fastrcnn_kernels.winograd`) and plain matrix products for the gradients, where
-oneDNN is slow. The backward needs x, the weights and, with a ReLU, the output.
+``scale`` and ``bias`` are what a frozen batch norm comes down to. On a CPU the scale goes into the weights, on a GPU
+into the pass that adds the bias. The products are torch's: cuDNN on a GPU, oneDNN on a CPU, or, on a CPU where maps are
+NHWC, Winograd's (:mod:`fastrcnn_kernels.winograd`) and plain matrix products for the gradients, where oneDNN is slow.
+The backward needs x, the weights and, with a ReLU, the output.
 """
 
 from __future__ import annotations
@@ -36,11 +36,19 @@ def _convolve(
     return out.contiguous(memory_format=layout)
 
 
+def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """The weights of each output times its scale."""
+    if scale is None:
+        return weight
+    return (weight.to(norm._compute_dtype(weight.dtype)) * scale[:, None, None, None]).to(weight.dtype)
+
+
 def _reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool,
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, relu: bool,
     stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
     """The specification. In half precision the convolution is rounded, and what follows is float32, rounded once."""
+    weight = _scaled(weight, scale)
     if residual is None and not relu:
         return _convolve(x, weight, bias, stride, padding, dilation, groups)
     out = _convolve(x, weight, None, stride, padding, dilation, groups)
@@ -54,7 +62,7 @@ def _reference(
 
 
 def _backward_reference(
-    grad: Tensor, x: Tensor, weight: Tensor, out: Tensor | None,
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int], groups: int, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias and residual; no elements where not wanted. ``out`` is None without ReLU."""
@@ -63,13 +71,13 @@ def _backward_reference(
     through = through.contiguous(memory_format=layout)
     grad_bias = through.sum((0, 2, 3), dtype=norm._compute_dtype(grad.dtype)) if wanted[2] else grad.new_empty(0)
     grad_x, grad_weight, _ = _aten.convolution_backward(
-        through, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [wanted[0], wanted[1], False]
+        through, x, _scaled(weight, scale), None, stride, padding, dilation, False, [0, 0], groups, [*wanted[:2], False]
     )
     # An operator must not return its argument.
     residual = (through.clone() if out is None else through) if wanted[3] else grad.new_empty(0)
     return (
         grad_x.contiguous(memory_format=layout) if wanted[0] else grad.new_empty(0),
-        grad_weight.contiguous() if wanted[1] else grad.new_empty(0),
+        _scaled(grad_weight, scale).contiguous(memory_format=_layout(weight)) if wanted[1] else grad.new_empty(0),
         grad_bias,
         residual,
     )
@@ -86,7 +94,7 @@ def _output_shape(
 
 
 def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool,
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, relu: bool,
     stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
     shape = _output_shape(x, weight, stride, padding, dilation)
@@ -94,14 +102,14 @@ def _fake(
 
 
 def _backward_fake(
-    grad: Tensor, x: Tensor, weight: Tensor, out: Tensor | None,
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int], groups: int, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     nothing = grad.new_empty(0)
     layout = _layout(x)
     return (
         torch.empty_like(x, memory_format=layout) if wanted[0] else nothing,
-        weight.new_empty(weight.shape) if wanted[1] else grad.new_empty(0),
+        torch.empty_like(weight, memory_format=_layout(weight)) if wanted[1] else grad.new_empty(0),
         grad.new_empty(grad.shape[1], dtype=norm._compute_dtype(grad.dtype)) if wanted[2] else grad.new_empty(0),
         torch.empty_like(grad, memory_format=layout) if wanted[3] else grad.new_empty(0),
     )
@@ -114,10 +122,11 @@ def _onednn_fuses(x: Tensor) -> bool:
 
 
 def _cpp(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool,
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, relu: bool,
     stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
     layout = _layout(x)
+    weight = _scaled(weight, scale)
     residual = None if residual is None else residual.contiguous(memory_format=layout)
     if layout == torch.channels_last:
         if winograd.suits(x, weight, stride, padding, dilation, groups):
@@ -173,13 +182,13 @@ def _input_gradient_of_1x1(grad: Tensor, x: Tensor, weight: Tensor, stride: list
 
 
 def _backward_cpp(
-    grad: Tensor, x: Tensor, weight: Tensor, out: Tensor | None,
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int], groups: int, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     layout = _layout(x)
     products = layout == torch.channels_last and groups == 1 and x.dtype in (torch.float32, torch.float64)
     if not products or not x.numel() or not grad.numel():
-        return _backward_reference(grad, x, weight, out, stride, padding, dilation, groups, wanted)
+        return _backward_reference(grad, x, weight, scale, out, stride, padding, dilation, groups, wanted)
     through = grad.contiguous(memory_format=layout)
     if out is not None:
         through = norm._backward_cpp(grad, out, torch.ones(grad.shape[1], dtype=grad.dtype), False)[0]
@@ -187,26 +196,28 @@ def _backward_cpp(
     quarter = winograd.suits(x, weight, stride, padding, dilation, groups)
     grad_x, grad_weight = grad.new_empty(0), grad.new_empty(0)
     if wanted[0]:
+        filters = _scaled(weight, scale)
         if quarter:
-            grad_x = winograd.input_gradient(through, weight)
+            grad_x = winograd.input_gradient(through, filters)
         elif tuple(weight.shape[2:]) == (1, 1) and list(padding) == [0, 0]:
-            grad_x = _input_gradient_of_1x1(through, x, weight, list(stride))
+            grad_x = _input_gradient_of_1x1(through, x, filters, list(stride))
         else:
             grad_x = _aten.convolution_backward(
-                through, x, weight, None, stride, padding, dilation, False, [0, 0], 1, [True, False, False]
+                through, x, filters, None, stride, padding, dilation, False, [0, 0], 1, [True, False, False]
             )[0].contiguous(memory_format=layout)
     if wanted[1]:
         if quarter:
-            grad_weight = winograd.weight_gradient(through, x).contiguous()
+            grad_weight = winograd.weight_gradient(through, x)
         else:
             grad_weight = _weight_gradient_by_taps(through, x, weight, stride, padding, dilation)
+        grad_weight = _scaled(grad_weight, scale).contiguous(memory_format=_layout(weight))
     grad_bias = _rows(through).sum(0) if wanted[2] else grad.new_empty(0)
     residual = (through.clone() if out is None else through) if wanted[3] else grad.new_empty(0)
     return grad_x, grad_weight, grad_bias, residual
 
 
 _conv2d = _library.define(
-    "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu, "
+    "conv2d(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
     reference=_reference,
     fake=_fake,
@@ -214,7 +225,7 @@ _conv2d = _library.define(
     triton="fastrcnn_kernels.triton.conv:conv2d",
 )
 _conv2d_backward = _library.define(
-    "conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? out, "
+    "conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? scale, Tensor? out, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_backward_fake,
@@ -224,21 +235,22 @@ _conv2d_backward = _library.define(
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, residual, relu, *ctx.geometry = inputs
-    ctx.save_for_backward(x, weight, output if relu else None)
+    x, weight, scale, bias, residual, relu, *ctx.geometry = inputs
+    ctx.save_for_backward(x, weight, scale, output if relu else None)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.residual = residual is not None
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, out = ctx.saved_tensors
-    of_x, of_weight, of_bias, of_residual = ctx.needs_input_grad[:4]
+    x, weight, scale, out = ctx.saved_tensors
+    of_x, of_weight, _, of_bias, of_residual = ctx.needs_input_grad[:5]
     # Without a ReLU the residual's gradient is the output's own.
     wanted = [of_x, of_weight, of_bias, of_residual and out is not None]
-    grad_x, grad_weight, grad_bias, grad_residual = _conv2d_backward(grad, x, weight, out, *ctx.geometry, wanted)
+    grad_x, grad_weight, grad_bias, grad_residual = _conv2d_backward(grad, x, weight, scale, out, *ctx.geometry, wanted)
     return (
         grad_x if of_x else None,
         grad_weight if of_weight else None,
+        None,
         grad_bias.to(ctx.bias_dtype) if of_bias else None,
         (grad_residual if out is not None else grad) if of_residual else None,
         None, None, None, None, None,
@@ -261,10 +273,11 @@ def conv2d(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
     *,
+    scale: Tensor | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """``torch.nn.functional.conv2d`` with a residual and a ReLU in the same operator.
+    """``torch.nn.functional.conv2d`` with a frozen norm's scale, a residual and a ReLU in the same operator.
 
     Under autocast x, weight and residual are taken in its dtype, as by torch's convolution.
 
@@ -274,11 +287,14 @@ def conv2d(
         weight (Tensor[O, I / groups, kH, kW]): of the dtype of ``x``.
         bias (Tensor[O] or None): of the dtype of ``x``, or float32.
         stride, padding, dilation, groups: as in torch; no strings.
+        scale (Tensor[O] or None): a factor on each output channel, before ``bias``; a buffer, without gradient. Of the
+            dtype of ``x``, or float32.
         residual (Tensor[N, O, H', W'] or None): added before the ReLU; of the dtype of ``x``.
         relu: clamp at 0; a NaN stays one.
 
     Returns:
-        Tensor[N, O, H', W'] in the dtype of ``x``. Differentiable, once, in the four tensors.
+        Tensor[N, O, H', W'] in the dtype of ``x``. Differentiable, once, in x, weight, bias
+        and residual.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit.
@@ -297,8 +313,11 @@ def conv2d(
             f"weight must be {x.dtype}[O, {x.shape[1]} / {groups}, kH, kW] on {x.device}, got "
             f"{weight.dtype}{list(weight.shape)} on {weight.device}"
         )
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.device != x.device):
-        raise ValueError(f"bias must be [{weight.shape[0]}] on {x.device}, got {list(bias.shape)} on {bias.device}")
+    for name, vector in (("bias", bias), ("scale", scale)):
+        if vector is not None and (vector.shape != weight.shape[:1] or vector.device != x.device):
+            raise ValueError(
+                f"{name} must be [{weight.shape[0]}] on {x.device}, got {list(vector.shape)} on {vector.device}"
+            )
     geometry = (_pair(stride), _pair(padding), _pair(dilation), groups)
     if residual is not None:
         shape = _output_shape(x, weight, *geometry[:3])
@@ -307,4 +326,4 @@ def conv2d(
                 f"residual must be {x.dtype}{list(shape)} on {x.device}, got "
                 f"{residual.dtype}{list(residual.shape)} on {residual.device}"
             )
-    return _conv2d(x, weight, bias, residual, relu, *geometry)
+    return _conv2d(x, weight, scale, bias, residual, relu, *geometry)

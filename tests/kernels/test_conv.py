@@ -26,7 +26,16 @@ CASES = [
     ((2, 6, 5, 7), 7, 1, 2, 0, 1, 1),
     ((1, 3, 20, 17), 8, 7, 2, 3, 1, 1),  # the stem
 ]
-FOLLOWED = [(False, False, False), (True, False, True), (True, True, True), (True, True, False), (False, True, True)]
+# bias, residual, ReLU, scale
+FOLLOWED = [
+    (False, False, False, False),
+    (True, False, True, True),
+    (True, True, True, False),
+    (True, True, False, True),
+    (False, True, True, True),
+    (False, False, False, True),
+    (True, False, True, False),
+]
 
 
 def inputs(case: tuple[Any, ...], dtype: torch.dtype, last: bool, device: str) -> list[Tensor]:
@@ -45,31 +54,34 @@ def inputs(case: tuple[Any, ...], dtype: torch.dtype, last: bool, device: str) -
             for t in (x, weight, bias, *maps)]  # fmt: skip
 
 
+def scale_of(weight: Tensor) -> Tensor:
+    return torch.linspace(-1, 2, len(weight), dtype=weight.dtype, device=weight.device)
+
+
 def geometry(case: tuple[Any, ...]) -> tuple[int, int, int, int]:
     return case[3:]
 
 
-def plain(
-    case: tuple[Any, ...], tensors: list[Tensor], follows: tuple[bool, bool, bool], dtype: torch.dtype
-) -> list[Tensor]:
+def plain(case: tuple[Any, ...], tensors: list[Tensor], follows: tuple[bool, ...], dtype: torch.dtype) -> list[Tensor]:
     """Output and gradients by torch's operators, in ``dtype``."""
     x, weight, bias, residual, grad = (t.detach().to(dtype) for t in tensors)
     leaves = [
         t.requires_grad_() for t, used in zip((x, weight, bias, residual), (True, True, *follows), strict=False) if used
     ]
-    out = F.conv2d(x, weight, bias if follows[0] else None, *geometry(case))
+    scaled = weight * scale_of(weight)[:, None, None, None] if follows[3] else weight
+    out = F.conv2d(x, scaled, bias if follows[0] else None, *geometry(case))
     out = out + residual if follows[1] else out
     out = out.relu() if follows[2] else out
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def ours(case: tuple[Any, ...], tensors: list[Tensor], follows: tuple[bool, bool, bool]) -> list[Tensor]:
+def ours(case: tuple[Any, ...], tensors: list[Tensor], follows: tuple[bool, ...]) -> list[Tensor]:
     x, weight, bias, residual, grad = tensors
     x, weight, bias, residual = (t.detach().requires_grad_() for t in (x, weight, bias, residual))
     leaves = [t for t, used in zip((x, weight, bias, residual), (True, True, *follows), strict=False) if used]
     out = conv2d(
         x, weight, bias if follows[0] else None, *geometry(case), residual=residual if follows[1] else None,
-        relu=follows[2],
+        relu=follows[2], scale=scale_of(weight) if follows[3] else None,
     )  # fmt: skip
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
@@ -79,7 +91,7 @@ def ours(case: tuple[Any, ...], tensors: list[Tensor], follows: tuple[bool, bool
 def test_forward_and_gradients_in_float64(place: Place, index: int, last: bool) -> None:
     case = CASES[index]
     tensors = inputs(case, torch.float64, last, place.device)
-    for follows in FOLLOWED if place.backend != "triton" else FOLLOWED[index % 5 :][:1]:
+    for follows in FOLLOWED if place.backend != "triton" else FOLLOWED[index % 7 :][:1]:
         results, truth = ours(case, tensors, follows), plain(case, tensors, follows, torch.float64)
         layout = torch.channels_last if last else torch.contiguous_format
         assert results[0].is_contiguous(memory_format=layout)
@@ -93,7 +105,7 @@ def test_float32(place: Place, index: int) -> None:
     case = CASES[index]
     for last in (False, True):
         tensors = inputs(case, torch.float32, last, place.device)
-        follows = FOLLOWED[(index + last) % 5]
+        follows = FOLLOWED[(3 * index + last) % 7]
         results, truth = ours(case, tensors, follows), plain(case, tensors, follows, torch.float64)
         if follows[2]:  # where the sign of a sum near 0 is open, its gradient is too
             agree = (results[0] > 0) == (truth[0] > 0)
@@ -110,10 +122,10 @@ def test_half_precision(place: Place, dtype: torch.dtype) -> None:
     for last in (False, True):
         tensors = inputs(case, dtype, last, place.device)
         ours_, exact = (
-            ours(case, tensors, (True, True, False)),
-            plain(case, tensors, (True, True, False), torch.float64),
+            ours(case, tensors, (True, True, False, False)),
+            plain(case, tensors, (True, True, False, False), torch.float64),
         )
-        torchs = plain(case, tensors, (True, True, False), dtype)
+        torchs = plain(case, tensors, (True, True, False, False), dtype)
         for i, (a, e, t) in enumerate(zip(ours_, exact, torchs, strict=True)):
             atol = 2 * torch.finfo(dtype).eps * max(1.0, e.abs().max().item())
             assert_within_twice_torch(a, e, t.to(a.dtype), atol, f"{dtype}, result {i}")
@@ -179,7 +191,7 @@ def test_gradcheck(place: Place) -> None:
     leaves = [t.requires_grad_() for t in tensors]
 
     def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        return conv2d(x, weight, bias, 1, 1, residual=residual, relu=True)
+        return conv2d(x, weight, bias, 1, 1, scale=scale_of(weight), residual=residual, relu=True)
 
     assert torch.autograd.gradcheck(call, leaves, fast_mode=place == Place("triton", "cpu"))
 
@@ -201,7 +213,7 @@ def test_opcheck(place: Place) -> None:
     for case in (CASES[2], CASES[7]):
         for last in (False, True):
             x, weight, bias, residual, _ = inputs(case, torch.float32, last, place.device)
-            args = (x.requires_grad_(), weight.requires_grad_(), bias, residual, True)
+            args = (x.requires_grad_(), weight.requires_grad_(), scale_of(weight).detach(), bias, residual, True)
             steps = [[v, v] for v in geometry(case)[:3]]
             torch.library.opcheck(OPERATOR, (*args, *steps, case[6]))
 
