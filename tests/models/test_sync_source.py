@@ -57,6 +57,7 @@ ALLOWED = {
         f"{KERNELS}/triton/preprocess.py",
         "_launch",
     ): "a table of host numbers from pageable memory; no graph captures it",
+    (f"{KERNELS}/winograd.py", "_filter_matrix"): "CPU only, and once",
     (f"{KERNELS}/roi_align_reference.py", "_dense_weights"): "sampling ratio 0 in the reference; the kernels do not",
     (f"{KERNELS}/roi_align_reference.py", "_adaptive_windows"): "sampling ratio 0 in the reference; the kernels do not",
     (f"{KERNELS}/rasterize_bitmaps.py", "*"): "the reference of bitmap targets goes one mask at a time",
