@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks.train_step.__main__ import ROOT
+from benchmarks.train_step.ours import Ours
 from benchmarks.train_step.run import Options, config, make_batches
-from benchmarks.train_step.sides import Ours
 
 GPU = torch.cuda.is_available()
 CASES = (

@@ -11,9 +11,10 @@ import torch
 
 from benchmarks.train_step import ablation, batches, calibrate, measure, tables
 from benchmarks.train_step.__main__ import groups, main, run
+from benchmarks.train_step.ours import Ours
 from benchmarks.train_step.profile import kind_of, measure_profile, table_rows
 from benchmarks.train_step.run import Options, add_utilisation, config, make_batches, measure_group
-from benchmarks.train_step.sides import Ours, known_key
+from benchmarks.train_step.sides import known_key
 from fastrcnn_kernels import box_iou
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo_shapes.yaml"

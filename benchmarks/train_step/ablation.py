@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.train_step import calibrate, measure
+from benchmarks.train_step.ours import Ours
 from benchmarks.train_step.run import (
     PROPOSALS,
     Options,
@@ -26,7 +27,7 @@ from benchmarks.train_step.run import (
     progress,
     timed,
 )
-from benchmarks.train_step.sides import NotHere, Ours, known_key
+from benchmarks.train_step.sides import NotHere, known_key
 
 logger = logging.getLogger("benchmarks.train_step")
 
@@ -55,6 +56,7 @@ SWITCHES = (
     Switch("fused convolutions", "MODEL.FUSED_CONVOLUTIONS", "False"),
     Switch("sparse RPN backward", "MODEL.RPN.SPARSE_BACKWARD", "False"),
     Switch("mask head on the positives", "MODEL.ROI_MASK_HEAD.POSITIVES_ONLY", "False", mode="eager"),
+    Switch("capacities of the mask head", "STEP.MASK_SHARES", "(1.0,)", mode="graph"),
     Switch("fused optimizer", "STEP.FUSED_OPTIMIZER", "False"),
 )
 

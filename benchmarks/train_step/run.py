@@ -25,23 +25,15 @@ from benchmarks.train_step.batches import (
     real_batches,
     source_overrides,
 )
-from benchmarks.train_step.sides import (
-    DTYPES,
-    Loading,
-    NotHere,
-    Ours,
-    Side,
-    TorchVision,
-    known_key,
-    torchvision_name,
-    torchvision_sides,
-)
+from benchmarks.train_step.ours import Loading, Ours
+from benchmarks.train_step.peer import TorchVision, torchvision_name, torchvision_sides
+from benchmarks.train_step.sides import DTYPES, NotHere, Side, known_key
 from fastrcnn.config import Config, load_config
 
 logger = logging.getLogger("benchmarks.train_step")
 
 Row = dict[str, Any]
-RECORDED_AFTER = 5  # steps of a shape: three as they are, one recorded, one replayed
+RECORDED_AFTER = 8  # steps of a shape, of which three of each part run as they are and the next is recorded
 PROPOSALS = 1000  # kept an image by both sides, in training and in testing
 
 
