@@ -317,6 +317,12 @@ def test_wrong_arguments(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
+def test_without_training_nothing_is_trained(tmp_path):
+    arguments = ["--config-file", str(CONFIG), "--device", "cpu", "--no-train", "--output", str(tmp_path)]
+    assert main([*arguments, "--seconds", "0"]) == 0
+    assert json.loads((tmp_path / "train_step.json").read_text())["train"] == []
+
+
 def test_wrong_images(tmp_path, capsys):
     assert main(["--device", "cpu", "--images", "absent.json@nowhere", "--output", str(tmp_path)]) == 2
     assert "absent.json@nowhere" in capsys.readouterr().err

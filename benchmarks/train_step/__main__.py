@@ -75,6 +75,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config-file", type=Path, default=ROOT / "configs" / "e2e_mask_rcnn_R_50_FPN_1x.yaml")
     add("--device", default="cuda" if gpu else "cpu")
     add("--batch-sizes", type=integers, default=(2,), help="images a step, separated by commas (default 2)")
+    add("--no-train", action="store_true", help="no training groups: only what --ablation, --inference, --profile ask")
     add("--images", default="synthetic", help="synthetic (noise and rectangles), or ANNOTATIONS.json@FOLDER")
     add("--boxes", type=int, default=10, help="ground truths an image of synthetic images (%(default)s)")
     add("--positives", type=int, default=64, help="positive proposals an image that the RPN is calibrated to give, as "
@@ -102,7 +103,7 @@ def options_of(args: argparse.Namespace) -> Options:
         config_file=args.config_file,
         overrides=tuple(args.overrides),
         device=torch.device(args.device),
-        batch_sizes=args.batch_sizes,
+        batch_sizes=() if args.no_train else args.batch_sizes,
         images=args.images,
         boxes=args.boxes,
         positives=args.positives,
@@ -193,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     try:
-        config(options, options.batch_sizes[0])
+        config(options, args.batch_sizes[0])
         result = run(options, args.output, args.budget)
     except (ConfigError, DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
