@@ -4,6 +4,8 @@ A data set is anything that follows :class:`~fastrcnn.data.dataset.DetectionData
 Cityscapes are built in.
 """
 
+from fastrcnn.data.arena import ArenaBatch
+from fastrcnn.data.buckets import ShapeBuckets
 from fastrcnn.data.catalog import Catalog, CityscapesSource, CocoSource, VocSource
 from fastrcnn.data.cityscapes import CityscapesDataset
 from fastrcnn.data.coco import CocoDataset
@@ -11,12 +13,14 @@ from fastrcnn.data.collate import Batch, Normalization, TestBatch
 from fastrcnn.data.dataset import ConcatDataset, DataError, DetectionDataset, ImageInfo, Sample
 from fastrcnn.data.image import read_image
 from fastrcnn.data.loader import Loader, make_test_loader, make_train_loader
+from fastrcnn.data.prefetch import Prefetcher
 from fastrcnn.data.sampler import BatchSchedule
 from fastrcnn.data.to_coco import dataset_to_coco
 from fastrcnn.data.transforms import TestTransform, TrainTransform
 from fastrcnn.data.voc import VocDataset
 
 __all__ = [
+    "ArenaBatch",
     "Batch",
     "BatchSchedule",
     "Catalog",
@@ -30,7 +34,9 @@ __all__ = [
     "ImageInfo",
     "Loader",
     "Normalization",
+    "Prefetcher",
     "Sample",
+    "ShapeBuckets",
     "TestBatch",
     "TestTransform",
     "TrainTransform",

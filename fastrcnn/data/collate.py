@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastrcnn.data.buckets import ShapeBuckets
 from fastrcnn.data.dataset import Sample
 from fastrcnn.structures import BoxList, ImageList, Keypoints, SegmentationMask, Skeleton, Views
 from fastrcnn_kernels import preprocess_images
@@ -21,12 +22,14 @@ class Normalization:
         pixel_mean, pixel_std: of the three channels, in the order and range that ``to_bgr255`` says.
         to_bgr255: BGR channels in 0..255 (the Caffe2 weights) instead of RGB in 0..1.
         size_divisible: height and width of a batch are padded to a multiple of this; 0 is no constraint.
+        buckets: the sizes that batches are padded to; None pads a batch to its largest image.
     """
 
     pixel_mean: Sequence[float] = (102.9801, 115.9465, 122.7717)
     pixel_std: Sequence[float] = (1.0, 1.0, 1.0)
     to_bgr255: bool = True
     size_divisible: int = 0
+    buckets: ShapeBuckets | None = None
 
     def __call__(self, images: Sequence[Tensor], ids: Sequence[int]) -> ImageList:
         """uint8 [H, W, 3] images to an ImageList; ``ids`` are the images' identities."""
@@ -36,6 +39,7 @@ class Normalization:
             pixel_std=tuple(self.pixel_std),
             to_bgr255=self.to_bgr255,
             size_divisible=self.size_divisible,
+            pad_to=None if self.buckets is None else self.buckets.fit([tuple(i.shape[:2]) for i in images]),
         )
         return ImageList(tensors, [(h, w) for h, w in sizes.tolist()], torch.tensor(ids, dtype=torch.int64))
 

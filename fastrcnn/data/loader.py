@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fastrcnn.data.arena import ArenaBatch, ArenaCollate, PackedArena
 from fastrcnn.data.augmentation import TestAugmentation
 from fastrcnn.data.collate import Batch, Normalization, PackedBatch, TestBatch, collate_test, collate_train
 from fastrcnn.data.dataset import DataError, DetectionDataset
 from fastrcnn.data.sampler import BatchSchedule, aspect_ratio_groups, rank_slice, shard_range
-from fastrcnn.data.transforms import TestTransform, Transform, sample_generator
+from fastrcnn.data.transforms import Prepared, TestTransform, TrainTransform, Transform, sample_generator
+from fastrcnn.structures import Targets
 
-B = TypeVar("B", Batch, TestBatch)
+B = TypeVar("B", bound="Batch | ArenaBatch | TestBatch")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Loader(Generic[B]):
         for item in self._batches:
             if isinstance(item, _Failure):
                 raise DataError(item.message)
-            yield cast(B, item.unpack() if isinstance(item, PackedBatch) else item)
+            yield cast(B, item.unpack() if isinstance(item, PackedBatch | PackedArena) else item)
 
 
 def make_train_loader(
@@ -63,7 +66,9 @@ def make_train_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     prefetch_factor: int = 2,
-) -> Loader[Batch]:
+    on_device: bool = False,
+    pad_targets: Callable[[Targets], Targets] | None = None,
+) -> Loader[Any]:
     """The batches of the steps ``start_step`` to ``num_steps - 1``, this rank's share of each.
 
     What a step sees depends on (seed, step) alone: not on the number of workers or ranks, nor on where the run was
@@ -73,9 +78,14 @@ def make_train_loader(
         ims_per_batch: images of the global batch, over all ranks (``SOLVER.IMS_PER_BATCH``).
         num_steps: number of the last step plus one (``SOLVER.MAX_ITER``), resumed or not.
         transform: see :mod:`fastrcnn.data.transforms`; runs in the worker, and so has to be picklable.
-        aspect_ratio_grouping: batches hold only landscape or only portrait images, which saves padding.
+        aspect_ratio_grouping: batches hold only landscape or only portrait images, which saves padding; where
+            ``normalization`` has buckets, only images of one bucket.
         num_workers: processes of this rank; 0 prepares the batches in the calling process.
-        pin_memory: page-locked pixels, for asynchronous copies to a CUDA device.
+        pin_memory: page-locked pixels, for asynchronous copies to a CUDA device. Not for ``on_device``, whose batches
+            :class:`fastrcnn.data.prefetch.Prefetcher` stages itself.
+        on_device: resizing, flipping and normalising is left to the device: batches are :class:`ArenaBatch`, else
+            :class:`Batch`. Pixels and ground truth are the same.
+        pad_targets: see :class:`ArenaCollate`; runs in the worker.
 
     Raises:
         ValueError: ``ims_per_batch`` is not divisible by ``world_size``.
@@ -85,17 +95,22 @@ def make_train_loader(
         raise DataError(f"{dataset!r} has no image to train on")
     share = rank_slice(ims_per_batch, rank, world_size)
     schedule = BatchSchedule(
-        aspect_ratio_groups(dataset) if aspect_ratio_grouping else None,
+        _groups(dataset, transform, normalization) if aspect_ratio_grouping else None,
         num_images=len(dataset),
         batch_size=ims_per_batch,
         seed=seed,
     )
     steps = _TrainSteps(schedule, share, range(start_step, max(start_step, num_steps)))
-    return Loader(
-        _data_loader(
-            _TrainBatches(dataset, transform, normalization, seed), steps, num_workers, pin_memory, prefetch_factor
-        )
-    )
+    arena = ArenaCollate(normalization, pad_targets) if on_device else None
+    batches = _TrainBatches(dataset, transform, normalization, seed, arena)
+    return Loader(_data_loader(batches, steps, num_workers, pin_memory and not on_device, prefetch_factor))
+
+
+def _groups(dataset: DetectionDataset, transform: Transform, normalization: Normalization) -> np.ndarray:
+    """int64 [n]: images of different groups do not share a batch."""
+    if normalization.buckets is None or not isinstance(transform, TrainTransform):
+        return aspect_ratio_groups(dataset)
+    return normalization.buckets.groups(dataset, transform.min_sizes, transform.max_size, transform.rounding)
 
 
 def make_test_loader(
@@ -176,17 +191,31 @@ class _TrainBatches(Dataset[Any]):
     """``self[(epoch, indices)]`` reads, transforms and collates a batch."""
 
     def __init__(
-        self, dataset: DetectionDataset, transform: Transform, normalization: Normalization, seed: int
+        self,
+        dataset: DetectionDataset,
+        transform: Transform,
+        normalization: Normalization,
+        seed: int,
+        arena: ArenaCollate | None = None,
     ) -> None:
         self.dataset, self.transform, self.normalization, self.seed = dataset, transform, normalization, seed
+        self.arena = arena
 
-    def __getitem__(self, item: tuple[int, Sequence[int]]) -> PackedBatch | _Failure:
+    def __getitem__(self, item: tuple[int, Sequence[int]]) -> PackedBatch | PackedArena | _Failure:
         epoch, indices = item
         try:
+            if self.arena is not None:
+                return self.arena([self._prepare(epoch, i) for i in indices], epoch)
             samples = [self.transform(self.dataset[i], sample_generator(self.seed, epoch, i)) for i in indices]
         except DataError as error:
             return _Failure(str(error))
         return collate_train(samples, self.normalization, epoch)
+
+    def _prepare(self, epoch: int, index: int) -> Prepared:
+        sample, generator = self.dataset[index], sample_generator(self.seed, epoch, index)
+        if isinstance(self.transform, TrainTransform):
+            return self.transform.prepare(sample, generator)
+        return Prepared.done(self.transform(sample, generator))
 
 
 class _TestBatches(Dataset[Any]):

@@ -13,12 +13,39 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
+from torch import Tensor
 
 from fastrcnn.data.dataset import Sample
-from fastrcnn.structures import FLIP_LEFT_RIGHT, FLIP_TOP_BOTTOM
+from fastrcnn.structures import FLIP_LEFT_RIGHT, FLIP_TOP_BOTTOM, BoxList
 from fastrcnn_kernels import resize_image
 
 Transform = Callable[[Sample, np.random.Generator], Sample]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training sample whose pixels are not moved yet.
+
+    Attributes:
+        image: uint8 [H, W, 3], RGB, to be resized to ``size`` and then flipped.
+        target: the ground truth as it is after that.
+        size: (height, width).
+        flip: 1 left and right, plus 2 top and bottom.
+        image_id, index: as of :class:`Sample`.
+    """
+
+    image: Tensor
+    target: BoxList
+    size: tuple[int, int]
+    flip: int
+    image_id: int
+    index: int
+
+    @classmethod
+    def done(cls, sample: Sample) -> Prepared:
+        """Of a sample that nothing is left to do for."""
+        height, width = sample.image.shape[:2]
+        return cls(sample.image, sample.target, (height, width), 0, sample.image_id, sample.index)
 
 
 def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -149,6 +176,27 @@ class TrainTransform:
             raise ValueError(f"TrainTransform: hue must be at most 0.5, got {self.hue}")
 
     def __call__(self, sample: Sample, generator: np.random.Generator) -> Sample:
+        sample, size, left_right, top_bottom = self._draw(sample, generator)
+        sample = resize(sample, size)
+        if left_right:
+            sample = flip_left_right(sample)
+        return flip_top_bottom(sample) if top_bottom else sample
+
+    def prepare(self, sample: Sample, generator: np.random.Generator) -> Prepared:
+        """What a call does, except that resizing and flipping the pixels is left to the device."""
+        sample, (height, width), left_right, top_bottom = self._draw(sample, generator)
+        target = sample.target
+        if tuple(sample.image.shape[:2]) != (height, width):
+            target = target.resize((width, height))
+        if left_right:
+            target = target.transpose(FLIP_LEFT_RIGHT)
+        if top_bottom:
+            target = target.transpose(FLIP_TOP_BOTTOM)
+        flip = int(left_right) + 2 * int(top_bottom)
+        return Prepared(sample.image, target, (height, width), flip, sample.image_id, sample.index)
+
+    def _draw(self, sample: Sample, generator: np.random.Generator) -> tuple[Sample, tuple[int, int], bool, bool]:
+        """The sample in other colours, the size to resize it to, and whether to flip left-right and top-bottom."""
         if sample.target.offset != self.box_offset:
             sample = replace(sample, target=sample.target.with_offset(self.box_offset))
         sample = color_jitter(
@@ -163,12 +211,8 @@ class TrainTransform:
         choice, horizontal, vertical = generator.random(3)
         min_size = self.min_sizes[int(choice * len(self.min_sizes))]
         height, width = sample.image.shape[:2]
-        sample = resize(sample, get_size(height, width, min_size, self.max_size, self.rounding))
-        if horizontal < self.horizontal_flip_prob:
-            sample = flip_left_right(sample)
-        if vertical < self.vertical_flip_prob:
-            sample = flip_top_bottom(sample)
-        return sample
+        size = get_size(height, width, min_size, self.max_size, self.rounding)
+        return sample, size, bool(horizontal < self.horizontal_flip_prob), bool(vertical < self.vertical_flip_prob)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ a box of one pixel has x1 == x2, and widths are x2 - x1 + 1.
 from fastrcnn.structures.box_list import BoxList
 from fastrcnn.structures.image_list import ImageList, to_image_list
 from fastrcnn.structures.keypoints import PERSON, Keypoints, PersonKeypoints, Skeleton
+from fastrcnn.structures.packed_images import DeviceImages, PackedImages
 from fastrcnn.structures.padded import Proposals, Targets
 from fastrcnn.structures.segmentation import FLIP_LEFT_RIGHT, FLIP_TOP_BOTTOM, SegmentationMask
 from fastrcnn.structures.views import Views
@@ -21,8 +22,10 @@ __all__ = [
     "FLIP_TOP_BOTTOM",
     "PERSON",
     "BoxList",
+    "DeviceImages",
     "ImageList",
     "Keypoints",
+    "PackedImages",
     "PersonKeypoints",
     "Proposals",
     "SegmentationMask",

@@ -95,6 +95,7 @@ struct Image {
   int64_t height, width, row_stride, out_height, out_width;
   Axis x, y;
   Blocks blocks;
+  bool upside_down = false;
 };
 
 struct Batch {
@@ -313,7 +314,10 @@ void run_batch(Batch& batch, bool portable, int num_threads) {
       const Image& image = batch.images[task / stripes];
       uint8_t* out = batch.out + task / stripes * image_bytes;
       const int64_t begin = task % stripes * kRows, end = std::min(begin + kRows, batch.height);
-      const auto row = [&](int64_t y, int64_t line) { return out + (line * batch.height + y) * row_bytes; };
+      const auto row = [&](int64_t y, int64_t line) {
+        if (image.upside_down && y < image.out_height) y = image.out_height - 1 - y;
+        return out + (line * batch.height + y) * row_bytes;
+      };
       const int64_t drawn = std::clamp(image.out_height, begin, end);
       Stripe(batch, image, work, fast).run(begin, drawn, row);
       for (int64_t line = 0; line < batch.lines(); ++line)
@@ -329,7 +333,8 @@ std::vector<Image> describe(const std::vector<Description>& rows) {
   for (const Description& d : rows) {
     Image image{as_pointer<const uint8_t>(static_cast<std::uintptr_t>(d[0])), d[1], d[2], d[3], d[4], d[5],
                 make_axis(d[2], d[5]), make_axis(d[1], d[4]), {}};
-    if (d[6]) mirror(image.x);
+    if (d[6] & 1) mirror(image.x);
+    image.upside_down = (d[6] & 2) != 0;
     image.blocks = make_blocks(image.x);
     images.push_back(std::move(image));
   }

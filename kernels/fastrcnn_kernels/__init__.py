@@ -29,6 +29,7 @@ from fastrcnn_kernels.paste import paste_masks
 from fastrcnn_kernels.paste_rle import paste_masks_rle
 from fastrcnn_kernels.patch import patch
 from fastrcnn_kernels.preprocess import preprocess_images, resize_image
+from fastrcnn_kernels.preprocess_arena import preprocess_arena
 from fastrcnn_kernels.proposals import generate_proposals
 from fastrcnn_kernels.rasterize import rasterize_polygons
 from fastrcnn_kernels.rasterize_bitmaps import rasterize_bitmaps
@@ -90,6 +91,7 @@ __all__ = [
     "paste_masks",
     "paste_masks_rle",
     "patch",
+    "preprocess_arena",
     "preprocess_images",
     "rasterize_bitmaps",
     "rasterize_polygons",

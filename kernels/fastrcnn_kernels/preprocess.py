@@ -15,7 +15,7 @@ from torch import Tensor
 from fastrcnn_kernels import _library
 
 _PRECISION = 22  # bits of a weight, as in Pillow
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of the kernels' type codes
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of the kernels' type codes
 
 
 def _weights(size: int, wanted: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def _weights(size: int, wanted: int) -> tuple[Tensor, Tensor]:
     return taps.clamp_(max=size - 1), (share * (1 << _PRECISION) + 0.5).int()
 
 
-def _resize_axis(image: Tensor, wanted: int, axis: int) -> Tensor:
+def resize_axis(image: Tensor, wanted: int, axis: int) -> Tensor:
     """uint8 [H, W, 3] with ``axis`` (0 or 1) resized; grey levels are rounded, as between Pillow's two passes."""
     if image.shape[axis] == wanted:
         return image
@@ -53,7 +53,7 @@ def _resize_axis(image: Tensor, wanted: int, axis: int) -> Tensor:
 
 
 def _resize_image_reference(image: Tensor, height: int, width: int) -> Tensor:
-    resized = _resize_axis(_resize_axis(image, width, 1), height, 0).contiguous()
+    resized = resize_axis(resize_axis(image, width, 1), height, 0).contiguous()
     # An operator must not return its argument.
     return resized.clone() if resized.data_ptr() == image.data_ptr() else resized
 
@@ -108,6 +108,20 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     return _resize_image(image, int(size[0]), int(size[1]))
 
 
+def normalise(
+    pixels: Tensor, target: Tensor, pixel_mean: Sequence[float], pixel_std: Sequence[float], to_bgr255: bool
+) -> None:
+    """uint8 [h, w, 3] into float32 [channels, h, w], each step in float32; a fourth channel stays as it is."""
+    for channel, mean, std in zip(range(3), pixel_mean, pixel_std, strict=True):
+        plane = target[channel]  # [h, w]
+        plane.copy_(pixels[:, :, 2 - channel if to_bgr255 else channel])
+        if not to_bgr255:
+            plane.div_(255.0)
+        plane.sub_(mean)
+        if std != 1.0:
+            plane.div_(std)
+
+
 def _preprocess_images_reference(
     images: Sequence[Tensor],
     pixel_mean: Sequence[float],
@@ -126,20 +140,13 @@ def _preprocess_images_reference(
     targets = zip(images, flip, sizes[::2], sizes[1::2], batch, strict=True)
     for image, mirrored, h, w, canvas in targets:
         target = canvas[:, :h, :w]
-        pixels = _resize_axis(_resize_axis(image, w, 1), h, 0)  # [h, w, 3]
+        pixels = resize_axis(resize_axis(image, w, 1), h, 0)  # [h, w, 3]
         pixels = pixels.flip(1) if mirrored else pixels
-        for channel, mean, std in zip(range(3), pixel_mean, pixel_std, strict=True):
-            plane = target[channel]  # [h, w]
-            plane.copy_(pixels[:, :, 2 - channel if to_bgr255 else channel])
-            if not to_bgr255:
-                plane.div_(255.0)
-            plane.sub_(mean)
-            if std != 1.0:
-                plane.div_(std)
-    return batch.to(dtype, memory_format=_memory_format(channels_last))
+        normalise(pixels, target, pixel_mean, pixel_std, to_bgr255)
+    return batch.to(dtype, memory_format=memory_format_of(channels_last))
 
 
-def _memory_format(channels_last: bool) -> torch.memory_format:
+def memory_format_of(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
@@ -160,7 +167,7 @@ def _preprocess_images_fake(
         (len(images), channels, height, width),
         dtype=dtype,
         device=images[0].device,
-        memory_format=_memory_format(channels_last),
+        memory_format=memory_format_of(channels_last),
     )
 
 
@@ -179,7 +186,7 @@ def _preprocess_images_cpp(
 ) -> Tensor:
     images = [_packed(image) for image in images]
     batch = torch.empty(
-        (len(images), channels, height, width), dtype=dtype, memory_format=_memory_format(channels_last)
+        (len(images), channels, height, width), dtype=dtype, memory_format=memory_format_of(channels_last)
     )
     _library.extension().preprocess_images(
         [
@@ -192,7 +199,7 @@ def _preprocess_images_cpp(
         height,
         width,
         channels,
-        _DTYPES.index(dtype),
+        DTYPES.index(dtype),
         channels_last,
         batch.data_ptr(),
         False,
@@ -263,11 +270,6 @@ def preprocess_images(
     mirrored = [False] * len(images) if flip is None else [bool(f) for f in flip]
     if len(mirrored) != len(images):
         raise ValueError(f"preprocess_images: {len(mirrored)} flips for {len(images)} images")
-    for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
-        if len(values) != 3:
-            raise ValueError(f"preprocess_images: {name} must have 3 values, got {len(values)}")
-    if 0.0 in [float(s) for s in pixel_std]:
-        raise ValueError(f"preprocess_images: pixel_std must not be 0, got {list(pixel_std)}")
     if sizes is None:
         wanted = [(int(image.shape[0]), int(image.shape[1])) for image in images]
     else:
@@ -276,12 +278,7 @@ def preprocess_images(
             raise ValueError(f"preprocess_images: {len(wanted)} sizes for {len(images)} images")
         if min(min(size) for size in wanted) < 1:
             raise ValueError(f"preprocess_images: sizes must be at least 1x1, got {wanted}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"preprocess_images: dtype must be float32, float16 or bfloat16, got {dtype}")
-    if memory_format not in (torch.contiguous_format, torch.channels_last):
-        raise ValueError(f"preprocess_images: memory_format must be contiguous or channels_last, got {memory_format}")
-    if channels not in (3, 4):
-        raise ValueError(f"preprocess_images: channels must be 3 or 4, got {channels}")
+    check_constants("preprocess_images", pixel_mean, pixel_std, dtype, memory_format, channels)
 
     height, width = max(h for h, _ in wanted), max(w for _, w in wanted)
     if pad_to is not None:
@@ -304,6 +301,28 @@ def preprocess_images(
         memory_format == torch.channels_last,
     )
     return batch, torch.tensor(wanted, dtype=torch.int64).to(batch.device)
+
+
+def check_constants(
+    operator: str,
+    pixel_mean: Sequence[float],
+    pixel_std: Sequence[float],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    channels: int,
+) -> None:
+    """Raises ValueError for what no kernel of the family takes."""
+    for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+        if len(values) != 3:
+            raise ValueError(f"{operator}: {name} must have 3 values, got {len(values)}")
+    if 0.0 in [float(s) for s in pixel_std]:
+        raise ValueError(f"{operator}: pixel_std must not be 0, got {list(pixel_std)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"{operator}: dtype must be float32, float16 or bfloat16, got {dtype}")
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"{operator}: memory_format must be contiguous or channels_last, got {memory_format}")
+    if channels not in (3, 4):
+        raise ValueError(f"{operator}: channels must be 3 or 4, got {channels}")
 
 
 def _check_image(operator: str, image: Tensor) -> None:

@@ -1,0 +1,178 @@
+"""Batches for a device that does the preprocessing: all of a batch in one buffer, which travels in one copy.
+
+A worker decodes, draws the random numbers, moves the ground truth, and leaves the pixels as they are. What the batch
+consists of, images and ground truth, lies in one uint8 buffer, the pixels last: one file descriptor between the
+processes, one copy to pinned memory, one asynchronous copy to the device (:mod:`fastrcnn.data.prefetch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastrcnn.data.buckets import ShapeBuckets, capacity
+from fastrcnn.data.collate import Normalization
+from fastrcnn.data.transforms import Prepared
+from fastrcnn.structures import PackedImages, Targets
+from fastrcnn_kernels import resize_image
+
+ALIGNMENT = 256  # bytes, of CUDA's allocator: kernels are compiled for the alignment of what they are given
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a tensor lies in a buffer."""
+
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count * self.dtype.itemsize
+
+    def view(self, buffer: Tensor) -> Tensor:
+        return buffer[self.offset : self.offset + self.size].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class ArenaBatch:
+    """A training batch in one buffer.
+
+    Attributes:
+        images: views of ``buffer``.
+        targets: ground truth in the frame of the network's input, padded; views of ``buffer``.
+        indices: the images' positions in the data set.
+        epoch: which pass over the data the batch is part of, from 0.
+        buffer: uint8 [bytes]; of the arena, which lies last, only the bytes in use may be there.
+        pieces: what lies where; the last is the arena.
+    """
+
+    images: PackedImages
+    targets: Targets
+    indices: list[int]
+    epoch: int
+    buffer: Tensor
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of a buffer that has room for the whole arena."""
+        return self.pieces[-1].offset + self.pieces[-1].size
+
+    def over(self, buffer: Tensor) -> ArenaBatch:
+        """The same batch with its tensors in ``buffer``, which holds a copy of this one's, on any device."""
+        views = {piece.name: piece.view(buffer) for piece in self.pieces if piece is not self.pieces[-1]}
+        arena = buffer[self.pieces[-1].offset :]
+        images = {name: views.pop(name) for name in ("table", "ids")}
+        return replace(
+            self,
+            images=replace(self.images, arena=arena, **images),
+            targets=replace(self.targets, **views),
+            buffer=buffer,
+        )
+
+
+@dataclass(frozen=True)
+class PackedArena:
+    """What a worker sends: one tensor; :meth:`unpack` makes the :class:`ArenaBatch`."""
+
+    batch: ArenaBatch
+
+    @classmethod
+    def pack(
+        cls,
+        tensors: dict[str, Tensor],
+        pixels: Sequence[Tensor],
+        room: int,
+        images: PackedImages,
+        targets: Targets,
+        indices: list[int],
+        epoch: int,
+    ) -> PackedArena:
+        """``tensors`` and then ``pixels`` in a buffer; ``images`` and ``targets`` have the fields beside them."""
+        pieces, end = [], 0
+        for name, tensor in tensors.items():
+            pieces.append(Piece(name, end, tuple(tensor.shape), tensor.dtype))
+            end += -(-pieces[-1].size // ALIGNMENT) * ALIGNMENT
+        pieces.append(Piece("arena", end, (room,), torch.uint8))
+        used = sum(image.numel() for image in pixels)
+        buffer = torch.empty(end + used, dtype=torch.uint8)
+        for piece, tensor in zip(pieces, tensors.values(), strict=False):
+            piece.view(buffer).copy_(tensor)
+        for image in pixels:
+            buffer[end : end + image.numel()].view(image.shape).copy_(image)
+            end += image.numel()
+        empty = torch.empty(0)
+        # Only the buffer is to travel: a tensor costs a file descriptor and a system call on both sides.
+        bare_images = replace(images, arena=empty, table=empty, ids=empty)
+        bare_targets = replace(targets, **{name: empty for name in tensors if name not in ("table", "ids")})
+        return cls(ArenaBatch(bare_images, bare_targets, indices, epoch, buffer, tuple(pieces)))
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the empty tensors, each of which would be shared memory of its own."""
+        batch = self.batch
+        images = {name: value for name, value in vars(batch.images).items() if not isinstance(value, Tensor)}
+        targets = {name: value for name, value in vars(batch.targets).items() if not isinstance(value, Tensor)}
+        return {"images": images, "targets": targets, "rest": (batch.indices, batch.epoch, batch.buffer, batch.pieces)}
+
+    def __setstate__(self, state: dict) -> None:  # type: ignore[type-arg]
+        empty = torch.empty(0)
+        images = PackedImages(arena=empty, table=empty, ids=empty, **state["images"])
+        fields = dict.fromkeys(Targets.__dataclass_fields__, empty) | state["targets"]
+        object.__setattr__(self, "batch", ArenaBatch(images, Targets(**fields), *state["rest"]))
+
+    def unpack(self) -> ArenaBatch:
+        return self.batch.over(self.batch.buffer)
+
+
+@dataclass(frozen=True)
+class ArenaCollate:
+    """Makes batches of prepared samples.
+
+    Args:
+        normalization: what the device is to do, and the size to pad to.
+        pad_targets: gives the ground truth of a batch a shape that repeats; None leaves it.
+    """
+
+    normalization: Normalization
+    pad_targets: Callable[[Targets], Targets] | None = None
+
+    def __call__(self, samples: Sequence[Prepared], epoch: int) -> PackedArena:
+        by = self.normalization
+        buckets = by.buckets or ShapeBuckets((), max(1, by.size_divisible))
+        rows, pixels, offset = [], [], 0
+        for sample in samples:
+            (height, width), image = sample.size, sample.image
+            if height * width < image.shape[0] * image.shape[1]:
+                # The same grey levels, and less to send.
+                image = resize_image(image, sample.size)
+            rows.append([offset, image.shape[0], image.shape[1], height, width, sample.flip])
+            pixels.append(image)
+            offset += image.numel()
+        targets = Targets.from_boxlists([sample.target.convert("xyxy") for sample in samples])
+        if self.pad_targets is not None:
+            targets = self.pad_targets(targets)
+        tensors = {
+            "table": torch.tensor(rows, dtype=torch.int64),
+            "ids": torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
+            **{name: value for name, value in vars(targets).items() if isinstance(value, Tensor)},
+        }
+        images = PackedImages(
+            arena=tensors["table"],
+            table=tensors["table"],
+            ids=tensors["ids"],
+            padded_size=buckets.fit(sample.size for sample in samples),
+            pixel_mean=tuple(by.pixel_mean),
+            pixel_std=tuple(by.pixel_std),
+            to_bgr255=by.to_bgr255,
+        )
+        room = capacity(offset, len(samples))
+        return PackedArena.pack(tensors, pixels, room, images, targets, [s.index for s in samples], epoch)
