@@ -11,11 +11,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastrcnn import build
 from fastrcnn.config import Config, dump_config, load_config
 from fastrcnn.conventions import MASKRCNN_BENCHMARK
-from fastrcnn.data import Catalog, DetectionDataset
+from fastrcnn.data import Catalog, DetectionDataset, Prefetcher
 from fastrcnn.data.catalog import BENCHMARK_SOURCES
 from fastrcnn.engine.checkpoint import Checkpointer
 from fastrcnn.engine.command import UsageError, make_parser, run_command
@@ -53,7 +54,15 @@ EXAMPLES = """\
 """
 
 # Settings that may change from one start of a run to the next without changing what it computes.
-NOT_HASHED = ("OUTPUT_DIR", "MODEL.WEIGHT", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "STEP", "TEST.VIS_IMAGES")
+NOT_HASHED = (
+    "OUTPUT_DIR",
+    "MODEL.WEIGHT",
+    "MODEL.DEVICE",
+    "DATALOADER.NUM_WORKERS",
+    "DATALOADER.DEVICE_PREPROCESSING",
+    "STEP",
+    "TEST.VIS_IMAGES",
+)
 
 
 @dataclass
@@ -275,7 +284,7 @@ def train_and_test(this: Run, metrics: MetricsFile, stop: StopSignals, *, final_
 
     train(
         this.step,
-        build.build_train_loader(cfg, this.dataset, this.start_iteration, world.rank, world.size),
+        training_batches(this),
         start_iteration=this.start_iteration,
         max_iter=cfg.SOLVER.MAX_ITER,
         checkpointer=this.checkpointer,
@@ -291,11 +300,16 @@ def train_and_test(this: Run, metrics: MetricsFile, stop: StopSignals, *, final_
         evaluate(cfg.SOLVER.MAX_ITER)
 
 
+def training_batches(this: Run) -> Prefetcher[Any]:
+    """The batches that are left of the run, this rank's share, on the way to the device."""
+    loader = build.build_train_loader(this.cfg, this.dataset, this.start_iteration, this.world.rank, this.world.size)
+    return Prefetcher(loader, this.world.device)
+
+
 def dry_run(this: Run) -> int:
     """One batch forward, backward and through the optimizer, to see that everything fits. Writes nothing."""
-    cfg, world = this.cfg, this.world
-    batches = iterate(build.build_train_loader(cfg, this.dataset, this.start_iteration, world.rank, world.size))
-    batch = next(iter(batches))
+    world = this.world
+    batch = next(iterate(training_batches(this)))
     history = LossHistory(world.device, world.mean if world.distributed else None)
     this.step.model.train()
     started = time.perf_counter()

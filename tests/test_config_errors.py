@@ -208,6 +208,10 @@ def test_the_first_of_several_mistakes_is_reported(tmp_path: Path) -> None:
         (["INPUT.MIN_SIZE_TRAIN", "(1400,)"], ["INPUT.MIN_SIZE_TRAIN 1400", "INPUT.MAX_SIZE_TRAIN 1333"]),
         (["INPUT.MAX_SIZE_TEST", "700"], ["INPUT.MIN_SIZE_TEST 800", "INPUT.MAX_SIZE_TEST 700"]),
         (["DATALOADER.SIZE_DIVISIBILITY", "16"], ["multiple of 32", "set DATALOADER.SIZE_DIVISIBILITY 32"]),
+        (
+            ["DATALOADER.SHAPE_BUCKETS", "((800, 1000),)"],
+            ["DATALOADER.SHAPE_BUCKETS holds (800, 1000), which is not a multiple", "SIZE_DIVISIBILITY 32"],
+        ),
         (["MODEL.RPN.BG_IOU_THRESHOLD", "0.8"], ["MODEL.RPN.BG_IOU_THRESHOLD 0.8", "FG_IOU_THRESHOLD 0.7"]),
         (["MODEL.ROI_HEADS.FG_IOU_THRESHOLD", "0.4"], ["MODEL.ROI_HEADS.BG_IOU_THRESHOLD 0.5"]),
         (["MODEL.GROUP_NORM.DIM_PER_GP", "16"], ["MODEL.GROUP_NORM.DIM_PER_GP (16) and NUM_GROUPS (32)"]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import nn
 
 from fastrcnn.build.backbone import build_resnet_backbone
@@ -20,6 +19,7 @@ from fastrcnn.build.family import classes_key, gives_proposals, num_classes
 from fastrcnn.build.fbnet import build_fbnet_backbone
 from fastrcnn.build.heads import build_box_head, build_keypoint_head, build_mask_head
 from fastrcnn.build.rpn import build_retinanet, build_rpn
+from fastrcnn.build.switches import step_switches
 from fastrcnn.build.weights import load_model_weights
 from fastrcnn.config import Config, ConfigError
 from fastrcnn.conventions import CONVENTIONS, Convention
@@ -90,11 +90,3 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all parameters, those that are trained)."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-
-
-def step_switches(cfg: Config, device: torch.device) -> tuple[bool, bool]:
-    """(STEP.GRAPH, STEP.FUSED_OPTIMIZER) for ``device``."""
-    on_cuda = device.type == "cuda"
-    graph = on_cuda if cfg.STEP.GRAPH == "auto" else cfg.STEP.GRAPH
-    fused = on_cuda or graph if cfg.STEP.FUSED_OPTIMIZER == "auto" else cfg.STEP.FUSED_OPTIMIZER
-    return graph, fused

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
+from fastrcnn.build.switches import device_preprocessing, step_switches
 from fastrcnn.config import Config
 from fastrcnn.conventions import CONVENTIONS
 from fastrcnn.data.augmentation import TestAugmentation
+from fastrcnn.data.buckets import ShapeBuckets
 from fastrcnn.data.catalog import Catalog
-from fastrcnn.data.collate import Batch, Normalization, TestBatch
+from fastrcnn.data.collate import Normalization, TestBatch
 from fastrcnn.data.dataset import DetectionDataset
 from fastrcnn.data.loader import Loader, make_test_loader, make_train_loader
 from fastrcnn.data.transforms import TestTransform, TrainTransform
+from fastrcnn.structures import pad_targets
 
 
 def build_catalog(cfg: Config, catalog: Catalog | None = None) -> Catalog:
@@ -47,11 +52,25 @@ def _normalization(cfg: Config) -> Normalization:
     )
 
 
+def shape_buckets(cfg: Config) -> ShapeBuckets | None:
+    """The sizes that training batches are padded to; None pads each batch to its largest image."""
+    wanted, step = cfg.DATALOADER.SHAPE_BUCKETS, cfg.DATALOADER.SIZE_DIVISIBILITY
+    if wanted == "auto":
+        wanted = step_switches(cfg, torch.device(cfg.MODEL.DEVICE))[0]
+    if isinstance(wanted, bool):
+        return ShapeBuckets.of(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, step) if wanted else None
+    return ShapeBuckets(wanted, max(1, step))
+
+
 def build_train_loader(
     cfg: Config, dataset: DetectionDataset, start_step: int = 0, rank: int = 0, world_size: int = 1
-) -> Loader[Batch]:
-    """The batches of the steps ``start_step`` to ``SOLVER.MAX_ITER - 1``, this rank's share of each."""
-    image, convention = cfg.INPUT, CONVENTIONS[cfg.MODEL.CONVENTION]
+) -> Loader[Any]:
+    """The batches of the steps ``start_step`` to ``SOLVER.MAX_ITER - 1``, this rank's share of each.
+
+    :class:`fastrcnn.data.ArenaBatch` where the device preprocesses (``DATALOADER.DEVICE_PREPROCESSING``), else
+    :class:`fastrcnn.data.Batch`.
+    """
+    image, convention, device = cfg.INPUT, CONVENTIONS[cfg.MODEL.CONVENTION], torch.device(cfg.MODEL.DEVICE)
     return make_train_loader(
         dataset,
         ims_per_batch=cfg.SOLVER.IMS_PER_BATCH,
@@ -69,13 +88,15 @@ def build_train_loader(
             rounding=convention.resize_rounding,
             box_offset=convention.box_offset,
         ),
-        normalization=_normalization(cfg),
+        normalization=replace(_normalization(cfg), buckets=shape_buckets(cfg)),
         seed=cfg.SOLVER.SEED,
         rank=rank,
         world_size=world_size,
         aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda",
+        pin_memory=device.type == "cuda",
+        on_device=device_preprocessing(cfg, device),
+        pad_targets=pad_targets if step_switches(cfg, device)[0] else None,
     )
 
 

@@ -81,6 +81,14 @@ def _sizes(cfg: Config) -> Iterator[Problem]:
             f"MODEL.BACKBONE.CONV_BODY {cfg.MODEL.BACKBONE.CONV_BODY} needs DATALOADER.SIZE_DIVISIBILITY to be a "
             f"multiple of 32, got {divisibility}; set DATALOADER.SIZE_DIVISIBILITY 32",
         )
+    buckets = cfg.DATALOADER.SHAPE_BUCKETS
+    for height, width in buckets if isinstance(buckets, tuple) else ():
+        if height % max(1, divisibility) or width % max(1, divisibility):
+            yield (
+                ("DATALOADER.SHAPE_BUCKETS", "DATALOADER.SIZE_DIVISIBILITY"),
+                f"DATALOADER.SHAPE_BUCKETS holds ({height}, {width}), which is not a multiple of "
+                f"DATALOADER.SIZE_DIVISIBILITY {divisibility}",
+            )
 
 
 def _thresholds(cfg: Config) -> Iterator[Problem]:

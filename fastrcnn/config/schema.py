@@ -65,7 +65,17 @@ class DataloaderConfig(Section):
 
     NUM_WORKERS: Count = key(4, "Loader processes for each training process; 0 loads in the training process")
     SIZE_DIVISIBILITY: Count = key(0, "Batches are padded to a multiple of this; FPN models need 32")
-    ASPECT_RATIO_GROUPING: Bool = key(True, "Wide and tall images do not share a batch")
+    ASPECT_RATIO_GROUPING: Bool = key(
+        True, "Wide and tall images do not share a batch; with SHAPE_BUCKETS nor do images of different buckets"
+    )
+    SHAPE_BUCKETS: Literal["auto"] | Bool | tuple[tuple[PositiveInt, PositiveInt], ...] = own(
+        "auto",
+        "Training batches are padded to the smallest that fits of a few sizes, made from MIN_SIZE_TRAIN and "
+        "MAX_SIZE_TRAIN, or these (height, width); False = to their largest image; auto = where STEP.GRAPH is on",
+    )
+    DEVICE_PREPROCESSING: Literal["auto"] | Bool = own(
+        "auto", "Training images are resized, flipped and normalised by the device, not by workers; auto = on CUDA"
+    )
 
 
 class SolverConfig(Section):

@@ -51,7 +51,8 @@ class ArenaBatch:
         targets: ground truth in the frame of the network's input, padded; views of ``buffer``.
         indices: the images' positions in the data set.
         epoch: which pass over the data the batch is part of, from 0.
-        buffer: uint8 [bytes]; of the arena, which lies last, only the bytes in use may be there.
+        buffer: uint8 [bytes].
+        used: so many bytes of it, the first ones, hold something; the rest is room of the arena.
         pieces: what lies where; the last is the arena.
     """
 
@@ -60,21 +61,16 @@ class ArenaBatch:
     indices: list[int]
     epoch: int
     buffer: Tensor
+    used: int
     pieces: tuple[Piece, ...]
 
-    @property
-    def size(self) -> int:
-        """Bytes of a buffer that has room for the whole arena."""
-        return self.pieces[-1].offset + self.pieces[-1].size
-
     def over(self, buffer: Tensor) -> ArenaBatch:
-        """The same batch with its tensors in ``buffer``, which holds a copy of this one's, on any device."""
-        views = {piece.name: piece.view(buffer) for piece in self.pieces if piece is not self.pieces[-1]}
-        arena = buffer[self.pieces[-1].offset :]
-        images = {name: views.pop(name) for name in ("table", "ids")}
+        """The same batch with its tensors in ``buffer``, a copy of this one's on any device."""
+        views = {piece.name: piece.view(buffer) for piece in self.pieces}
+        images = {name: views.pop(name) for name in ("arena", "table", "ids")}
         return replace(
             self,
-            images=replace(self.images, arena=arena, **images),
+            images=replace(self.images, **images),
             targets=replace(self.targets, **views),
             buffer=buffer,
         )
@@ -103,8 +99,7 @@ class PackedArena:
             pieces.append(Piece(name, end, tuple(tensor.shape), tensor.dtype))
             end += -(-pieces[-1].size // ALIGNMENT) * ALIGNMENT
         pieces.append(Piece("arena", end, (room,), torch.uint8))
-        used = sum(image.numel() for image in pixels)
-        buffer = torch.empty(end + used, dtype=torch.uint8)
+        buffer = _new_buffer(end + room)
         for piece, tensor in zip(pieces, tensors.values(), strict=False):
             piece.view(buffer).copy_(tensor)
         for image in pixels:
@@ -114,14 +109,18 @@ class PackedArena:
         # Only the buffer is to travel: a tensor costs a file descriptor and a system call on both sides.
         bare_images = replace(images, arena=empty, table=empty, ids=empty)
         bare_targets = replace(targets, **{name: empty for name in tensors if name not in ("table", "ids")})
-        return cls(ArenaBatch(bare_images, bare_targets, indices, epoch, buffer, tuple(pieces)))
+        return cls(ArenaBatch(bare_images, bare_targets, indices, epoch, buffer, end, tuple(pieces)))
 
     def __getstate__(self) -> dict[str, object]:
         """Without the empty tensors, each of which would be shared memory of its own."""
         batch = self.batch
         images = {name: value for name, value in vars(batch.images).items() if not isinstance(value, Tensor)}
         targets = {name: value for name, value in vars(batch.targets).items() if not isinstance(value, Tensor)}
-        return {"images": images, "targets": targets, "rest": (batch.indices, batch.epoch, batch.buffer, batch.pieces)}
+        return {
+            "images": images,
+            "targets": targets,
+            "rest": (batch.indices, batch.epoch, batch.buffer, batch.used, batch.pieces),
+        }
 
     def __setstate__(self, state: dict) -> None:  # type: ignore[type-arg]
         empty = torch.empty(0)
@@ -131,6 +130,17 @@ class PackedArena:
 
     def unpack(self) -> ArenaBatch:
         return self.batch.over(self.batch.buffer)
+
+
+def _new_buffer(size: int) -> Tensor:
+    """uint8 [size]; in a worker already in the shared memory that it would else be copied to.
+
+    Pages that are not written cost nothing.
+    """
+    empty = torch.empty(0, dtype=torch.uint8)
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(size, dtype=torch.uint8)
+    return empty.set_(torch.UntypedStorage._new_shared(size), 0, (size,), (1,))  # as torch's default_collate does
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,6 @@ class Prefetcher(Generic[B]):
             if not isinstance(batch, ArenaBatch):
                 yield batch
                 continue
-            buffer, ticket = ring.send(batch.buffer, batch.size)
+            buffer, ticket = ring.send(batch.buffer[: batch.used], len(batch.buffer))
             self.copies.hand_over(buffer, ticket)
             yield batch.over(buffer)  # type: ignore[misc]

@@ -8,42 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrcnn.structures import ImageList, Targets
+from fastrcnn.structures import DeviceImages, ImageList, PackedImages, Targets
 
 Rebuild = Callable[[Sequence[Tensor]], Any]
 
 ALIGNMENT = 256  # bytes, of CUDA's allocator: kernels are compiled for the alignment of what they are given
 PACKED = 1 << 20  # tensors of up to so many bytes travel together
-
-# Capacities (boxes an image, polygons an image, vertices an image) of the ground truth. Few, because each one is a
-# graph of its own, and generous, because room that is not used costs next to nothing.
-CAPACITIES = ((16, 32, 2048), (64, 128, 8192), (256, 512, 32768))
-
-
-class StaticImages(ImageList):
-    """An ImageList without ``image_sizes``: numbers on the host that change from one batch to the next.
-
-    What is read from them would be part of a graph for good; ``sizes`` has them on the device.
-    """
-
-    def __init__(self, tensors: Tensor, sizes: Tensor, ids: Tensor) -> None:
-        self.tensors, self.sizes, self.ids = tensors, sizes, ids
-
-    @property
-    def image_sizes(self) -> Any:  # type: ignore[override]
-        raise RuntimeError("image_sizes are on the host and change with every batch: a step has to use sizes")
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def __repr__(self) -> str:
-        return f"StaticImages(num_images={len(self)}, padded={self.padded_size})"
 
 
 def flatten(value: Any) -> tuple[list[Tensor], Hashable, Rebuild]:
@@ -54,7 +30,7 @@ def flatten(value: Any) -> tuple[list[Tensor], Hashable, Rebuild]:
 
     Returns:
         The tensors; a key of the structure, of the shapes, dtypes and strides, and of all that is not a tensor; and a
-        function that makes the same structure around other tensors. An ImageList becomes :class:`StaticImages`.
+        function that makes the same structure around other tensors. An ImageList becomes :class:`DeviceImages`.
 
     Raises:
         TypeError: for a value that is neither a tensor nor hashable.
@@ -63,7 +39,7 @@ def flatten(value: Any) -> tuple[list[Tensor], Hashable, Rebuild]:
         return [value], (tuple(value.shape), tuple(value.stride()), value.dtype), lambda tensors: tensors[0]
     if isinstance(value, ImageList):
         tensors, key, rebuild = flatten((value.tensors, value.sizes, value.ids))
-        return tensors, ("images", key), lambda new: StaticImages(*rebuild(new))
+        return tensors, ("images", key), lambda new: DeviceImages(*rebuild(new))
     if isinstance(value, tuple | list):
         parts, make = list(value), type(value)
         return _join(parts, (make.__name__,), lambda members: make(members))
@@ -145,48 +121,9 @@ class StaticInputs:
                 static.copy_(tensor, non_blocking=True)
 
 
-def pad_targets(targets: Targets) -> Targets:
-    """``targets`` padded to the smallest of CAPACITIES that holds them, so that few shapes occur.
-
-    The losses stay the same: what is added belongs to no image. Ground truth beyond the largest capacity gets the next
-    multiple of it. Works on the host.
-    """
-    images, boxes = targets.labels.shape
-    polygons, vertices = len(targets.polygon_offsets) - 1, len(targets.vertices)
-    # One polygon more than there are: the one that owns the vertices that are no one's.
-    needed = (boxes, -(-(polygons + 1) // max(1, images)), -(-vertices // max(1, images)))
-    fitting = (c for c in CAPACITIES if all(n <= room for n, room in zip(needed, c, strict=True)))
-    largest = CAPACITIES[-1]
-    times = max(-(-n // room) for n, room in zip(needed, largest, strict=True))
-    capacity = next(fitting, tuple(times * room for room in largest))
-    room_boxes, room_polygons, room_vertices = capacity[0], capacity[1] * images, capacity[2] * images
-
-    def pad(tensor: Tensor) -> Tensor:
-        more = tensor.new_zeros((images, room_boxes - boxes, *tensor.shape[2:]))
-        return torch.cat([tensor, more], dim=1)
-
-    polygon_offsets = targets.polygon_offsets.new_full((room_polygons + 1,), vertices)
-    polygon_offsets[: polygons + 1] = targets.polygon_offsets
-    polygon_offsets[-1] = room_vertices
-    counts = pad(targets.instance_offsets.diff().view(images, boxes)).flatten()
-    instance_offsets = torch.cat([targets.instance_offsets[:1], counts.cumsum(0)])
-    return replace(
-        targets,
-        boxes=pad(targets.boxes),
-        labels=pad(targets.labels),
-        vertices=torch.cat([targets.vertices, targets.vertices.new_zeros((room_vertices - vertices, 2))]),
-        polygon_offsets=polygon_offsets,
-        instance_offsets=instance_offsets,
-        # Bounds of loops, which an instance may not exceed.
-        max_vertices=room_vertices,
-        max_polygons=room_polygons,
-        keypoints=None if targets.keypoints is None else pad(targets.keypoints),
-    )
-
-
 @dataclass(frozen=True)
 class StepInputs:
-    """What a step computes on: the images and their ground truth."""
+    """What a step computes on: the images, ready or as they came from their files, and their ground truth."""
 
-    images: ImageList
+    images: ImageList | PackedImages
     targets: Targets

@@ -19,8 +19,8 @@ from fastrcnn.engine.distributed import World, share_weights, unwrap_model, wrap
 from fastrcnn.engine.graph import Recorder, make_recorder
 from fastrcnn.engine.graphed import GraphedStep
 from fastrcnn.engine.solver import WarmupMultiStepLR
-from fastrcnn.engine.static import StepInputs, pad_targets
-from fastrcnn.structures import BoxList, ImageList, Targets
+from fastrcnn.engine.static import StepInputs
+from fastrcnn.structures import BoxList, ImageList, PackedImages, Targets, pad_targets
 from fastrcnn_kernels import FusedSGD
 
 logger = logging.getLogger("fastrcnn.step")
@@ -29,12 +29,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class TrainingBatch(Protocol):
-    """What the loader yields: images and their ground truth in the frame of the network's input."""
+    """What the loader yields: images and their ground truth in the frame of the network's input.
+
+    :class:`PackedImages` become the network's input within the step; Targets are padded as they shall be.
+    """
 
     @property
-    def images(self) -> ImageList: ...
+    def images(self) -> ImageList | PackedImages: ...
     @property
-    def targets(self) -> list[BoxList]: ...
+    def targets(self) -> list[BoxList] | Targets: ...
 
 
 class TrainStep:
@@ -114,7 +117,9 @@ class TrainStep:
             self.optimizer.upload_settings()
         graphed = self._graphed_step()
         if graphed is not None:
-            losses = graphed(StepInputs(batch.images, pad_targets(Targets.from_boxlists(batch.targets))))
+            given = batch.targets
+            targets = given if isinstance(given, Targets) else pad_targets(Targets.from_boxlists(given))
+            losses = graphed(StepInputs(batch.images, targets))
         else:
             losses = self.whole(self._to_device(batch))
         self.scheduler.step()
@@ -123,8 +128,16 @@ class TrainStep:
     def whole(self, inputs: StepInputs) -> dict[str, Tensor]:
         """The step on the device: all of it that a graph holds."""
         with autocast(self.device, self.dtype):
-            losses: dict[str, Tensor] = self.model(inputs.images, inputs.targets)
+            losses: dict[str, Tensor] = self.model(self._images(inputs), inputs.targets)
         return self._learn(losses)
+
+    def _images(self, inputs: StepInputs) -> ImageList:
+        """The network's input, preprocessed here where the loader did not."""
+        images = inputs.images
+        if isinstance(images, ImageList):
+            return images
+        channels_last = getattr(unwrap_model(self.model), "channels_last", False)
+        return images.image_list(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     @property
     def in_parts(self) -> bool:
@@ -135,7 +148,7 @@ class TrainStep:
     def begin(self, inputs: StepInputs) -> Any:
         """The first part of :meth:`whole`: up to the sample of the heads."""
         with autocast(self.device, self.dtype):
-            return self.model.begin_train(inputs.images, inputs.targets)  # type: ignore[operator]
+            return self.model.begin_train(self._images(inputs), inputs.targets)  # type: ignore[operator]
 
     def number(self, state: Any) -> Tensor:
         """int64 []: the positives of the batch, on which the mask head runs."""
@@ -187,9 +200,11 @@ class TrainStep:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _to_device(self, batch: TrainingBatch) -> StepInputs:
-        targets = Targets.from_boxlists(batch.targets)
-        if self.device.type == "cuda":
-            targets = targets.pin_memory()
+        targets = batch.targets
+        if not isinstance(targets, Targets):
+            targets = Targets.from_boxlists(targets)
+            if self.device.type == "cuda":
+                targets = targets.pin_memory()
         images = batch.images.to(self.device, non_blocking=True)
         return StepInputs(images, targets.to(self.device, non_blocking=True))
 

@@ -10,6 +10,7 @@ a box of one pixel has x1 == x2, and widths are x2 - x1 + 1.
 """
 
 from fastrcnn.structures.box_list import BoxList
+from fastrcnn.structures.capacities import pad_targets
 from fastrcnn.structures.image_list import ImageList, to_image_list
 from fastrcnn.structures.keypoints import PERSON, Keypoints, PersonKeypoints, Skeleton
 from fastrcnn.structures.packed_images import DeviceImages, PackedImages
@@ -32,5 +33,6 @@ __all__ = [
     "Skeleton",
     "Targets",
     "Views",
+    "pad_targets",
     "to_image_list",
 ]

@@ -94,7 +94,7 @@ def test_no_more_pixels_travel_than_the_batch_has(dataset: CocoDataset) -> None:
     for batch in batches(dataset, transform=transform, on_device=True):
         table = batch.images.table
         assert (table[:, 1:3].prod(1) <= table[:, 3:5].prod(1)).all()
-        assert batch.images.arena.numel() <= 3 * table[:, 3:5].prod(1).sum()
+        assert batch.used - batch.pieces[-1].offset == 3 * table[:, 1:3].prod(1).sum()
 
 
 def prepared(count: int, height: int = 6, width: int = 8) -> Prepared:
@@ -129,7 +129,7 @@ def test_what_a_worker_sends(counts: list[int]) -> None:
     assert len(batch.images) == len(counts)
     used = sum(s.image.numel() for s in samples)
     assert torch.equal(batch.images.arena[:used], torch.cat([s.image.flatten() for s in samples]))
-    assert batch.size == len(batch.buffer) - used + len(counts) * 2**20
+    assert len(batch.buffer) - batch.used == len(batch.images.arena) - used == len(counts) * 2**20 - used
 
 
 class RecordedCopies(HostCopies):
