@@ -112,7 +112,10 @@ def _coerce(setting: Setting, annotation: Any) -> object:
         return _coerce(setting, typing.get_args(annotation)[0])
     from_command_line = setting.where == COMMAND_LINE
     value, text = setting.value, setting.text
-    if origin in (Union, types.UnionType):  # "auto" or a bool
+    if origin in (Union, types.UnionType):  # "auto", a bool or a list
+        lists = [choice for choice in typing.get_args(annotation) if typing.get_origin(choice) is tuple]
+        if lists and (text is None or text[:1] in ("(", "[")):
+            return _coerce(setting, lists[0])
         return _BOOLS.get(text.lower(), text) if text is not None else value
     if origin is tuple:
         if isinstance(value, str):

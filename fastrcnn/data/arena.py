@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class ArenaBatch:
 
     def over(self, buffer: Tensor) -> ArenaBatch:
         """The same batch with its tensors in ``buffer``, a copy of this one's on any device."""
-        views = {piece.name: piece.view(buffer) for piece in self.pieces}
+        views: dict[str, Any] = {piece.name: piece.view(buffer) for piece in self.pieces}
         images = {name: views.pop(name) for name in ("arena", "table", "ids")}
         return replace(
             self,
@@ -108,7 +109,8 @@ class PackedArena:
         empty = torch.empty(0)
         # Only the buffer is to travel: a tensor costs a file descriptor and a system call on both sides.
         bare_images = replace(images, arena=empty, table=empty, ids=empty)
-        bare_targets = replace(targets, **{name: empty for name in tensors if name not in ("table", "ids")})
+        fields: dict[str, Any] = {name: empty for name in tensors if name not in ("table", "ids")}
+        bare_targets = replace(targets, **fields)
         return cls(ArenaBatch(bare_images, bare_targets, indices, epoch, buffer, end, tuple(pieces)))
 
     def __getstate__(self) -> dict[str, object]:
@@ -122,7 +124,7 @@ class PackedArena:
             "rest": (batch.indices, batch.epoch, batch.buffer, batch.used, batch.pieces),
         }
 
-    def __setstate__(self, state: dict) -> None:  # type: ignore[type-arg]
+    def __setstate__(self, state: dict[str, Any]) -> None:
         empty = torch.empty(0)
         images = PackedImages(arena=empty, table=empty, ids=empty, **state["images"])
         fields = dict.fromkeys(Targets.__dataclass_fields__, empty) | state["targets"]

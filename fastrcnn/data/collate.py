@@ -39,7 +39,7 @@ class Normalization:
             pixel_std=tuple(self.pixel_std),
             to_bgr255=self.to_bgr255,
             size_divisible=self.size_divisible,
-            pad_to=None if self.buckets is None else self.buckets.fit([tuple(i.shape[:2]) for i in images]),
+            pad_to=None if self.buckets is None else self.buckets.fit((i.shape[0], i.shape[1]) for i in images),
         )
         return ImageList(tensors, [(h, w) for h, w in sizes.tolist()], torch.tensor(ids, dtype=torch.int64))
 

@@ -75,9 +75,9 @@ class DeviceImages(ImageList):
     def __init__(self, tensors: Tensor, sizes: Tensor, ids: Tensor) -> None:
         self.tensors, self.sizes, self.ids = tensors, sizes, ids
 
-    @property  # type: ignore[override]
-    def image_sizes(self) -> Any:
-        raise RuntimeError("image_sizes of these images are on the device: use sizes")
+    @property
+    def image_sizes(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("image_sizes are on the host and change with every batch: a step has to use sizes")
 
     def _map(self, function: Any) -> DeviceImages:
         return DeviceImages(function(self.tensors), function(self.sizes), function(self.ids))

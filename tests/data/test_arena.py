@@ -220,5 +220,5 @@ def test_sizes_of_images_on_the_device_are_not_on_the_host() -> None:
     assert made.tensors.shape == (1, 4, 12, 16)
     assert made.to("cpu").sizes.tolist() == [[12, 16]]
     assert len(made) == 1
-    with pytest.raises(RuntimeError, match="use sizes"):
+    with pytest.raises(RuntimeError, match="has to use sizes"):
         _ = made.image_sizes
