@@ -18,7 +18,7 @@ from fastrcnn_kernels import _library
 
 @pytest.fixture(scope="module")
 def printed() -> tuple[int, str]:
-    """Exit code and output of ``--json``: the one run with every back-end, for in Triton's interpreter it takes long."""
+    """Exit code and output of ``--json``: the one run with every back-end: Triton's interpreter takes long."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         code = doctor.main(["--json"])

@@ -5,6 +5,8 @@ function that cannot be compiled. ``test_compile_for_gpu.py`` starts it and read
 
     python tests/kernels/compile_for_gpu.py [--processes 2] [--targets sm_90 gfx942] [--table] [module ...]
 
+How far it is goes to stderr. A case takes half a second of a processor: a third of it is Python reading the kernel,
+half the compiler's passes, the rest the assembler. No two cases are the same work, so only more processors help.
 ``--table`` prints a Markdown row a kernel instead: the most registers and shared memory of its cases, and the least
 occupancy that they allow.
 """
@@ -21,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -166,11 +169,36 @@ def table(results: Sequence[dict[str, Any]], targets: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def processors() -> int:
+    """How many processors this process may use, at most sixteen: each needs some 300 MB."""
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+class Progress:
+    """Says on stderr every ten seconds how many cases are compiled, and at once which one failed."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.failed = total, 0, 0
+        self.start = self.said = time.monotonic()
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Count a case, compiled or failed."""
+        self.done += 1
+        if "error" in result:
+            self.failed += 1
+            print(f"{result['module']} {result['label']} {result['target']}: {result['error']}", file=sys.stderr)
+        now = time.monotonic()
+        if now - self.said >= 10 or self.done == self.total:
+            self.said = now
+            text = f"compiled {self.done}/{self.total}, {self.failed} failed, {now - self.start:.0f} s"
+            print(text, file=sys.stderr, flush=True)
+
+
 def main() -> int:
     """Compile, print one JSON object a line, return 0: judging is the test's part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modules", nargs="*", help="modules of fastrcnn_kernels.triton (default: all)")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=processors(), help="default: one a processor")
     parser.add_argument("--targets", nargs="*", choices=TARGETS, default=TARGETS)
     parser.add_argument("--quick", action="store_true", help="all cases for sm_90, one a kernel for the other targets")
     parser.add_argument("--table", action="store_true", help="a Markdown table instead of JSON lines")
@@ -182,7 +210,9 @@ def main() -> int:
         context = multiprocessing.get_context("fork")
         with context.Pool(arguments.processes) as pool:
             wanted = jobs(arguments.modules, arguments.targets, folder, not arguments.quick)
+            progress = Progress(len(wanted))
             for result in pool.imap(compile_case, wanted, chunksize=1):
+                progress.add(result)
                 results.append(result)
                 if not arguments.table:
                     print(json.dumps(result), flush=True)
