@@ -1,7 +1,8 @@
-"""Session set-up: the Triton interpreter where there is no GPU, the report header, the shared test data."""
+"""Session set-up: Triton's interpreter where there is no GPU, made quicker, the report header, the shared data."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+
+from tests import interpreter
 
 # Triton reads this when a kernel is decorated, so it has to be set before the first module with a kernel is imported.
 if not torch.cuda.is_available():
@@ -34,6 +37,13 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         device = f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
     interpreter = "yes" if os.environ.get("TRITON_INTERPRET") == "1" else "no"
     return [f"device: {device}, torch {torch.__version__}, triton {triton_version}, Triton interpreter: {interpreter}"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> None:
+    """Triton's interpreter without the work that it repeats (`interpreter.py`)."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        interpreter.quicken()
 
 
 @pytest.fixture(scope="session")
