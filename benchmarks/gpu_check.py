@@ -217,8 +217,8 @@ def parts(output: Path, device: str, small: bool) -> list[Part]:
         Part("tests", 130, pytest("tests", "-m", "gpu", "tests"), read_tests),
         Part(
             "step", 200,
-            [*python, "benchmarks.train_step", *on, "--batch-sizes", "2,16", "--seconds", "1.5", "--inference", "2",
-             "--budget", "150", "--output", folder("step")], read_step,
+            [*python, "benchmarks.train_step", *on, "--batch-sizes", "2,16", "--dtypes", "bfloat16",
+             "--seconds", "1.5", "--inference", "2", "--budget", "150", "--output", folder("step")], read_step,
         ),
         Part("training", 60, training, read_training),
         Part(

@@ -257,6 +257,9 @@ def measure_group(
             if options.synthetic and options.positives:
                 side.calibrate(options.positives)  # type: ignore[attr-defined]
             rows[-1] |= prepare(side, options)
+            if options.device.type == "cuda":  # a first figure, should the time not last for the turns
+                (timing,) = measure.turn_by_turn([side.step], options.device, rounds=1, seconds=0.2)
+                rows[-1] = timed(rows[-1], timing, batch_size) | {"provisional": True}
             ready.append((len(rows) - 1, side))
         except (NotHere, RuntimeError, AssertionError, ValueError) as error:
             rows[-1]["reason"] = failure(error)
@@ -270,6 +273,7 @@ def measure_group(
     )
     for (index, _), timing in zip(ready, timings, strict=True):
         rows[index] = timed(rows[index], timing, batch_size)
+        rows[index].pop("provisional", None)
         logger.info("%s", progress(rows[index]))
     add_utilisation(rows, options)
     ready.clear()
