@@ -269,3 +269,27 @@ def test_no_host_sync() -> None:
         with set_backend(backend), ForbidSync():
             out = multiscale_roi_align([feature], rois, torch.zeros(2, dtype=torch.int64), 7, [0.25], 2)
             torch.autograd.grad(out.sum(), feature)
+
+
+@pytest.mark.parametrize(
+    ("count", "images", "levels"), [(0, 2, 3), (1, 1, 1), (31, 2, 4), (200, 3, 4)], ids=["none", "one", "some", "many"]
+)
+def test_the_triton_backward_takes_regions_in_order(count: int, images: int, levels: int) -> None:
+    """What a stable sort by level and image gives, and where each begins; regions that are absent come last."""
+    launcher = pytest.importorskip("fastrcnn_kernels.triton.roi_align_backward")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    random = torch.Generator().manual_seed(count)
+    rois = torch.rand(count, 5, generator=random)
+    rois[:, 0] = torch.randint(-1, images + 1, (count,), generator=random)
+    level = torch.randint(-1, levels + 1, (count,), generator=random)
+    for row, column in enumerate((2, 1, 4)):
+        rois[row * 7 : row * 7 + 1, column] = (math.nan, math.inf, -math.inf)[row]
+    group = [
+        int(lv) * images + int(r[0])
+        if 0 <= r[0] < images and 0 <= lv < levels and r.isfinite().all()
+        else levels * images
+        for r, lv in zip(rois, level, strict=True)
+    ]
+    order, begin = launcher._in_order(rois.to(device), level.to(device), images, levels)
+    assert order.tolist() == sorted(range(count), key=lambda i: group[i])
+    assert begin.tolist() == [sum(g < first for g in group) for first in range(levels * images + 1)]
