@@ -60,6 +60,9 @@ using FeatureMap = std::tuple<std::uintptr_t, int64_t, int64_t, std::array<int64
 void rpn_patches(const std::vector<FeatureMap>& described, int64_t element_size, int64_t images, int64_t slots,
                  int64_t channels, std::uintptr_t indices, int64_t num_anchors, bool channels_last, std::uintptr_t out,
                  int threads);
+// slopes [rows, 5], the gradients of the two losses, indices [rows] -> out [rows, 5 * num_anchors].
+void rpn_output_gradients(std::uintptr_t slopes, std::uintptr_t grad_losses, std::uintptr_t indices, bool doubles,
+                          int64_t rows, int64_t num_anchors, std::uintptr_t out);
 // Write dense maps: zeros, and the sums of the rows that reach each pixel, in the order of the slots.
 void rpn_scatter_patches(const std::vector<FeatureMap>& described, int dtype, int64_t images, int64_t slots,
                          int64_t channels, std::uintptr_t indices, int64_t num_anchors, bool channels_last,

@@ -66,6 +66,7 @@ void bind_losses(py::module_& m) {
   m.def("rpn_loss_forward", &kernels::rpn_loss_forward, unlocked);
   m.def("rpn_loss_backward", &kernels::rpn_loss_backward, unlocked);
   m.def("rpn_patches", &kernels::rpn_patches, unlocked);
+  m.def("rpn_output_gradients", &kernels::rpn_output_gradients);
   m.def("rpn_scatter_patches", &kernels::rpn_scatter_patches, unlocked);
   m.def("mask_loss_forward", &kernels::mask_loss_forward, unlocked);
   m.def("mask_loss_backward", &kernels::mask_loss_backward, unlocked);

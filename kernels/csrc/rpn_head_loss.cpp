@@ -3,6 +3,8 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=fast")
 #endif
+#include <algorithm>
+
 #include "exports_losses.h"
 #include "roi_align_isa.h"
 #include "rpn_loss.h"
@@ -148,6 +150,24 @@ void kernels::rpn_patches(const std::vector<FeatureMap>& described, int64_t elem
     gather<E>(maps, images, slots, channels, index, num_anchors, channels_last, as_pointer<E>(out), threads);
   };
   element_size == 8 ? run(uint64_t{}) : element_size == 4 ? run(uint32_t{}) : run(uint16_t{});
+}
+
+void kernels::rpn_output_gradients(std::uintptr_t slopes, std::uintptr_t grad_losses, std::uintptr_t indices,
+                                   bool doubles, int64_t rows, int64_t num_anchors, std::uintptr_t out) {
+  const auto* index = as_pointer<const int64_t>(indices);
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    const T *slope = as_pointer<const T>(slopes), *grad = as_pointer<const T>(grad_losses);
+    T* row = as_pointer<T>(out);
+    std::fill(row, row + rows * 5 * num_anchors, T(0));
+    for (int64_t r = 0; r < rows; ++r, slope += 5, row += 5 * num_anchors) {
+      if (index[r] < 0) continue;
+      const int64_t anchor = index[r] % num_anchors;
+      row[anchor] = slope[0] * grad[0];
+      for (int64_t i = 0; i < 4; ++i) row[num_anchors + 4 * anchor + i] = slope[1 + i] * grad[1];
+    }
+  };
+  doubles ? run(double{}) : run(float{});
 }
 
 void kernels::rpn_scatter_patches(const std::vector<FeatureMap>& described, int dtype, int64_t images, int64_t slots,

@@ -198,9 +198,14 @@ _backward_op = _library.define(
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:5], output[2], output[3])
     ctx.constants = inputs[6:]
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # two of the four would be zeros that nobody looks at
 
 
-def _gradient(ctx: Any, grad_classifier: Tensor, grad_box: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _gradient(ctx: Any, grad_classifier: Tensor | None, grad_box: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    share = ctx.saved_tensors[-1]
+    grad_classifier = torch.zeros_like(share) if grad_classifier is None else grad_classifier
+    grad_box = torch.zeros_like(share) if grad_box is None else grad_box
     grads = _backward_op(grad_classifier, grad_box, *ctx.saved_tensors, *ctx.constants)
     return (*grads, *[None] * 8)
 

@@ -78,6 +78,32 @@ def scatter_reference(
     return out
 
 
+def output_gradients_reference(slopes: Tensor, grad_losses: Tensor, indices: Tensor, num_anchors: int) -> Tensor:
+    """The gradient in the head's outputs at each slot [N * B, 5 A]: A logits, then 4 A deltas.
+
+    A slot has one anchor, whose five numbers are ``slopes`` [N, B, 5] times the gradient of the losses [2].
+    """
+    scaled = (slopes * torch.cat([grad_losses[:1], grad_losses[1:].expand(4)])).flatten(0, 1)  # [R, 5]
+    anchor = torch.arange(num_anchors, device=indices.device)  # [A]
+    index = indices.flatten()[:, None]  # [R, 1]
+    mine = ((index >= 0) & (index % num_anchors == anchor))[..., None]  # [R, A, 1]
+    logits = torch.where(mine, scaled[:, None, :1], 0).flatten(1)  # [R, A]
+    return torch.cat([logits, torch.where(mine, scaled[:, None, 1:], 0).flatten(1)], dim=1)
+
+
+def _output_gradients_fake(slopes: Tensor, grad_losses: Tensor, indices: Tensor, num_anchors: int) -> Tensor:
+    return slopes.new_empty((indices.shape[0] * indices.shape[1], 5 * num_anchors))
+
+
+def _output_gradients_cpp(slopes: Tensor, grad_losses: Tensor, indices: Tensor, num_anchors: int) -> Tensor:
+    out = _output_gradients_fake(slopes, grad_losses, indices, num_anchors)
+    held = (slopes.contiguous(), grad_losses.to(slopes.dtype).contiguous(), indices.contiguous())
+    _library.extension().rpn_output_gradients(
+        *(t.data_ptr() for t in held), slopes.dtype == torch.float64, indices.numel(), num_anchors, out.data_ptr()
+    )
+    return out
+
+
 def _patches_cpp(features: list[Tensor], indices: Tensor, num_anchors: int, channels_last: bool) -> Tensor:
     first = features[0]
     out = torch.empty((indices.numel(), 9 * first.shape[1]), dtype=first.dtype)
@@ -136,6 +162,14 @@ _scatter_op = _library.define(
     triton="fastrcnn_kernels.triton.rpn_head_loss:scatter_patches",
 )
 
+_outputs_op = _library.define(
+    "rpn_output_gradients(Tensor slopes, Tensor grad_losses, Tensor indices, int num_anchors) -> Tensor",
+    reference=output_gradients_reference,
+    fake=_output_gradients_fake,
+    cpp=_output_gradients_cpp,
+    triton="fastrcnn_kernels.triton.rpn_head_loss:output_gradients",
+)
+
 # Features and parameters, before the arguments of rpn_loss.
 _HEAD_ARGUMENTS = 7
 
@@ -189,18 +223,12 @@ def _gradient(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Any, ...]:
     patches = _patches_op(features, indices, num_anchors, channels_last)  # [R, 9 C]
     hidden = torch.addmm(conv_bias.to(dtype), patches, weight.t()).relu()  # [R, C']
 
-    # The gradient in the outputs of each slot: five numbers, in the columns of its anchor.
-    slopes = (slopes * torch.cat([grad_losses[:1], grad_losses[1:].expand(4)])).flatten(0, 1)  # [R, 5]
-    anchor = torch.arange(num_anchors, device=indices.device)
-    mine = (indices.flatten()[:, None] % num_anchors == anchor)[..., None]  # [R, A, 1]
-    grad_cls = torch.where(mine, slopes[:, None, :1], 0).flatten(1)  # [R, A]
-    grad_bbox = torch.where(mine, slopes[:, None, 1:], 0).flatten(1)  # [R, 4 A]
-    grad_outputs = torch.cat([grad_cls, grad_bbox], dim=1)  # [R, 5 A]
+    grad_outputs = _outputs_op(slopes, grad_losses, indices, num_anchors)  # [R, 5 A]
     grad_bias = grad_outputs.sum(0)  # [5 A]
     grad_outputs = grad_outputs.to(dtype)
     predictors = torch.cat([cls_weight.flatten(1), bbox_weight.flatten(1)]).to(dtype)  # [5 A, C']
     grad_predictors = grad_outputs.t() @ hidden  # [5 A, C']
-    grad_hidden = torch.where(hidden > 0, grad_outputs @ predictors, 0)  # [R, C']
+    grad_hidden = torch.ops.aten.threshold_backward(grad_outputs @ predictors, hidden, 0)  # [R, C']
 
     grad_weight = (grad_hidden.t() @ patches).view(ordered.shape)
     grad_weight = grad_weight.permute(0, 3, 1, 2) if channels_last else grad_weight
@@ -311,4 +339,5 @@ def rpn_head_loss(
         [o.detach() for o in objectness], [d.detach() for d in deltas], anchors, steps, indices, num_positive,
         num_sampled, matched_idxs, gt_boxes, normaliser, float(beta), box_offset,
     )  # fmt: skip
-    return losses[0], losses[1]
+    objectness_loss, box_loss = losses.unbind()
+    return objectness_loss, box_loss

@@ -68,7 +68,7 @@ def _anchors_at(anchors: Tensor, strides: Sequence[int], sizes: Sequence[tuple[i
 
 def forward_reference(
     objectness: list[Tensor], deltas: list[Tensor], anchors: Tensor, strides: list[int], indices: Tensor,
-    num_positive: Tensor, num_sampled: Tensor, matched_idxs: Tensor, gt_boxes: Tensor, normaliser: Tensor,
+    num_positive: Tensor, num_sampled: Tensor, matched_idxs: Tensor, gt_boxes: Tensor, normaliser: Tensor | None,
     beta: float, box_offset: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The specification: both losses [2], and their slopes [N, B, 5] in the logit and the deltas of each slot."""
@@ -94,7 +94,7 @@ def forward_reference(
     box_slope = torch.where(near, difference / (beta or 1.0), difference.sign())  # [N, B, 4]
     label = positive.to(dtype)
     loss = functional.binary_cross_entropy_with_logits(logits, label, reduction="none")  # [N, B]
-    divisor = normaliser.to(dtype)
+    divisor = (num_sampled.sum().clamp(min=1) if normaliser is None else normaliser).to(dtype)
     # where(), not multiplication: an unused slot must not turn an infinity into a NaN
     losses = torch.stack([torch.where(sampled, loss, 0).sum(), torch.where(positive[..., None], box_loss, 0).sum()])
     slopes = torch.cat(
@@ -131,7 +131,7 @@ def backward_reference(
 
 def _forward_cpp(
     objectness: list[Tensor], deltas: list[Tensor], anchors: Tensor, strides: list[int], indices: Tensor,
-    num_positive: Tensor, num_sampled: Tensor, matched_idxs: Tensor, gt_boxes: Tensor, normaliser: Tensor,
+    num_positive: Tensor, num_sampled: Tensor, matched_idxs: Tensor, gt_boxes: Tensor, normaliser: Tensor | None,
     beta: float, box_offset: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     first = objectness[0]
@@ -141,7 +141,7 @@ def _forward_cpp(
     images, slots = indices.shape
     held = [t.to(dtype).contiguous() for t in (anchors, gt_boxes)]
     held += [t.contiguous() for t in (indices, num_positive, num_sampled, matched_idxs)]
-    held.append(normaliser.to(dtype))
+    held.append((num_sampled.sum().clamp(min=1) if normaliser is None else normaliser).to(dtype))
     losses = torch.empty(2, dtype=dtype)
     slopes = torch.empty((images, slots, 5), dtype=dtype)
     levels = [
@@ -198,7 +198,7 @@ def _backward_fake(
 # What the losses need beside the head's outputs; `rpn_head_loss` has the same arguments.
 SAMPLE_SCHEMA = (
     "Tensor anchors, int[] strides, Tensor indices, Tensor num_positive, Tensor num_sampled, Tensor matched_idxs, "
-    "Tensor gt_boxes, Tensor normaliser, float beta, int box_offset"
+    "Tensor gt_boxes, Tensor? normaliser, float beta, int box_offset"
 )
 _forward_op = _library.define(
     f"rpn_loss(Tensor[] objectness, Tensor[] deltas, {SAMPLE_SCHEMA}) -> (Tensor, Tensor)",
@@ -245,7 +245,7 @@ def check_sample(
     name: str, objectness: Sequence[Tensor], deltas: Sequence[Tensor], indices: Tensor, num_positive: Tensor,
     num_sampled: Tensor, matched_idxs: Tensor, gt_boxes: Tensor, anchors: Tensor | None,
     cells: Sequence[Tensor] | None, strides: Sequence[int] | None, normaliser: Tensor | None,
-) -> tuple[Tensor, list[int], Tensor]:  # fmt: skip
+) -> tuple[Tensor, list[int], Tensor | None]:  # fmt: skip
     """Raise for what does not fit; anchors [A, 4] or cells [L, A, 4], the strides (none: anchors), the normaliser."""
     if not objectness or len(objectness) != len(deltas):
         raise ValueError(f"{name}: {len(objectness)} levels of objectness but {len(deltas)} of deltas")
@@ -284,11 +284,9 @@ def check_sample(
         if any(cell.shape != (first.shape[1], 4) for cell in cells):
             raise ValueError(f"{name}: each cell must be [{first.shape[1]}, 4], got {[list(c.shape) for c in cells]}")
         anchors, steps = torch.stack(list(cells)), [int(stride) for stride in strides]
-    if normaliser is None:
-        normaliser = num_sampled.sum().clamp(min=1)
-    elif normaliser.numel() != 1:
+    if normaliser is not None and normaliser.numel() != 1:
         raise ValueError(f"{name}: normaliser must have one element, got {list(normaliser.shape)}")
-    return anchors, steps, normaliser.reshape(())
+    return anchors, steps, None if normaliser is None else normaliser.reshape(())
 
 
 def rpn_loss(
@@ -341,4 +339,5 @@ def rpn_loss(
         list(objectness), list(deltas), anchors, steps, indices, num_positive, num_sampled, matched_idxs, gt_boxes,
         normaliser, float(beta), box_offset,
     )  # fmt: skip
-    return losses[0], losses[1]
+    objectness_loss, box_loss = losses.unbind()
+    return objectness_loss, box_loss

@@ -382,3 +382,29 @@ def test_wrong_arguments() -> None:
         rpn_head_loss(features, parameters[0], parameters[1][1:], *parameters[2:], *maps, **sample, **rules)
     with pytest.raises(ValueError, match="do not fit objectness"):
         rpn_head_loss(features[::-1], *parameters, *maps, **sample, **rules)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("images", "slots", "anchors"), [(2, 5, 3), (1, 70, 1), (3, 4, 15), (2, 0, 3)])
+def test_output_gradients_equal_loops(device: torch.device, dtype: torch.dtype, images: int, slots: int,
+                                      anchors: int) -> None:  # fmt: skip
+    """Each slot's five numbers in the columns of its anchor; nothing in those of others, and nothing of empty slots."""
+    random = torch.Generator().manual_seed(0)
+    slopes = torch.randn(images, slots, 5, generator=random).to(dtype)
+    grad = torch.tensor([1.5, -0.5], dtype=dtype)
+    indices = torch.randint(-1, 50, (images, slots), generator=random)
+    expected = torch.zeros(images * slots, 5 * anchors, dtype=dtype)
+    for row, index in enumerate(indices.flatten().tolist()):
+        if index >= 0:
+            five = slopes.flatten(0, 1)[row]
+            expected[row, index % anchors] = five[0] * grad[0]
+            first = anchors + 4 * (index % anchors)
+            expected[row, first : first + 4] = five[1:] * grad[1]
+    operator = torch.ops.fastrcnn_kernels.rpn_output_gradients.default
+    found = operator(slopes.to(device), grad.to(device), indices.to(device), anchors)
+    assert torch.equal(found.cpu(), expected)
+
+
+def test_output_gradients_opcheck() -> None:
+    operator = torch.ops.fastrcnn_kernels.rpn_output_gradients.default
+    torch.library.opcheck(operator, (torch.randn(2, 4, 5), torch.ones(2), torch.arange(8).view(2, 4) - 1, 3))

@@ -73,6 +73,26 @@ def _gather_kernel(
             tl.store(out_ptr + row * (9 * CHANNELS) + channel * 9 + tap, value, mask=in_channels)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _outputs_kernel(
+    slopes_ptr, grad_ptr, indices_ptr, out_ptr, rows, ANCHORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The five numbers of each slot, in the columns of its anchor. Grid: blocks of slots of all images."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    index = tl.load(indices_ptr + row, mask=row < rows, other=-1)
+    of_logit = column < ANCHORS
+    owner = tl.where(of_logit, column, (column - ANCHORS) // 4)
+    number = tl.where(of_logit, 0, 1 + (column - ANCHORS) % 4)
+    mine = (index >= 0)[:, None] & ((index % ANCHORS)[:, None] == owner[None, :])
+    slope = tl.load(slopes_ptr + row[:, None] * 5 + number[None, :], mask=mine, other=0.0)
+    grad = tl.load(grad_ptr + tl.where(of_logit, 0, 1))
+    inside = (row < rows)[:, None] & (column < 5 * ANCHORS)[None, :]
+    # An empty slot is zero whatever the gradient is: infinite where a float16 loss is scaled too much.
+    value = tl.where(mine, slope * grad[None, :], 0.0)
+    tl.store(out_ptr + row[:, None] * (5 * ANCHORS) + column[None, :], value, mask=inside)
+
+
 @triton.jit(do_not_specialize=["slots", "count", *LEVEL_SIZES])
 def _keys_kernel(
     indices_ptr, keys_ptr, slots, count,
@@ -166,9 +186,9 @@ def scatter_patches(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = [
         torch.empty((indices.shape[0], channels, h, w), dtype=rows.dtype, device=rows.device, memory_format=layout)
-        .zero_()
         for h, w in shapes
-    ]  # fmt: skip
+    ]
+    torch._foreach_zero_(out)  # one launch
     count = indices.numel() * 9
     if count * channels == 0:
         return out
@@ -190,6 +210,24 @@ def scatter_patches(
 
 
 _KEYS = 256
+_OUTPUT_ROWS = 32
+
+
+def _output_constants(num_anchors: int) -> dict[str, int]:
+    return {"ANCHORS": num_anchors, "ROWS": _OUTPUT_ROWS, "COLUMNS": triton.next_power_of_2(5 * num_anchors)}
+
+
+def output_gradients(slopes: Tensor, grad_losses: Tensor, indices: Tensor, num_anchors: int) -> Tensor:
+    """Launcher of ``fastrcnn_kernels::rpn_output_gradients``."""
+    rows = indices.numel()
+    out = torch.empty((rows, 5 * num_anchors), dtype=slopes.dtype, device=slopes.device)
+    if rows:
+        with device_guard(slopes):
+            _outputs_kernel[(triton.cdiv(rows, _OUTPUT_ROWS),)](
+                slopes.contiguous(), grad_losses.to(slopes.dtype).contiguous(), indices.contiguous(), out, rows,
+                **_output_constants(num_anchors), num_warps=4,
+            )  # fmt: skip
+    return out
 
 
 def _cases() -> list[CompileCase]:
@@ -198,6 +236,12 @@ def _cases() -> list[CompileCase]:
     keys = {"indices_ptr": "*i64", "keys_ptr": "*i64", "slots": "i32", "count": "i32", **sizes}
     constants: dict[str, Any] = {"LEVELS": 5, "ANCHORS": 3, "BLOCK": _KEYS}
     cases = [CompileCase("keys", _keys_kernel, keys, constants, {"num_warps": 4})]
+    for name in ("fp32", "fp64"):
+        outputs = {"slopes_ptr": f"*{name}", "grad_ptr": f"*{name}", "indices_ptr": "*i64", "out_ptr": f"*{name}",
+                   "rows": "i32"}  # fmt: skip
+        cases.append(
+            CompileCase(f"outputs-{name}", _outputs_kernel, outputs, dict(_output_constants(3)), {"num_warps": 4})
+        )
     for dtype, channels_last in ((torch.bfloat16, True), (torch.float32, False)):
         name = TYPE_NAMES[dtype]
         maps = {f"f{i}": f"*{name}" for i in range(MAX_LEVELS)}

@@ -122,14 +122,20 @@ def _forward_kernel(
     gt_ptr, normaliser_ptr, losses_ptr, slopes_ptr, slots, total, num_gt, box_offset,
     height0, height1, height2, height3, height4, width0, width1, width2, width3, width4,
     STRIDE0: tl.constexpr, STRIDE1: tl.constexpr, STRIDE2: tl.constexpr, STRIDE3: tl.constexpr, STRIDE4: tl.constexpr,
-    LISTED: tl.constexpr, BETA: tl.constexpr, LEVELS: tl.constexpr, ANCHORS: tl.constexpr,
+    LISTED: tl.constexpr, NORMALISED: tl.constexpr, BETA: tl.constexpr, LEVELS: tl.constexpr, ANCHORS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One image. Writes its two sums, divided, and the slopes of its slots."""
     image = tl.program_id(0).to(tl.int64)
     num_positive = tl.load(num_positive_ptr + image)
     num_sampled = tl.load(num_sampled_ptr + image)
-    normaliser = tl.load(normaliser_ptr).to(COMPUTE)
+    if NORMALISED:
+        normaliser = tl.load(normaliser_ptr).to(COMPUTE)
+    else:
+        every = num_sampled * 0
+        for other in range(tl.num_programs(0)):
+            every += tl.load(num_sampled_ptr + other)
+        normaliser = tl.maximum(every, 1).to(COMPUTE)
     objectness_sum = tl.zeros([BLOCK], dtype=COMPUTE)
     box_sum = tl.zeros([BLOCK], dtype=COMPUTE)
     for start in range(0, slots, BLOCK):
@@ -253,7 +259,7 @@ def _block(slots: int) -> tuple[dict[str, int], dict[str, int]]:
 
 def forward(
     objectness: list[Tensor], deltas: list[Tensor], anchors: Tensor, strides: list[int], indices: Tensor,
-    num_positive: Tensor, num_sampled: Tensor, matched_idxs: Tensor, gt_boxes: Tensor, normaliser: Tensor,
+    num_positive: Tensor, num_sampled: Tensor, matched_idxs: Tensor, gt_boxes: Tensor, normaliser: Tensor | None,
     beta: float, box_offset: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launcher of ``fastrcnn_kernels::rpn_loss``."""
@@ -272,7 +278,8 @@ def forward(
         _forward_kernel[(images,)](
             **pointers("o", maps[:count]), **pointers("d", maps[count:]), anchors_ptr=anchors.contiguous(),
             indices_ptr=indices.contiguous(), num_positive_ptr=num_positive, num_sampled_ptr=num_sampled,
-            matched_ptr=matched_idxs.contiguous(), gt_ptr=gt_boxes.contiguous(), normaliser_ptr=normaliser.to(dtype),
+            matched_ptr=matched_idxs.contiguous(), gt_ptr=gt_boxes.contiguous(),
+            normaliser_ptr=losses if normaliser is None else normaliser.to(dtype), NORMALISED=normaliser is not None,
             losses_ptr=losses, slopes_ptr=slopes, slots=slots, total=matched_idxs.shape[1], num_gt=gt_boxes.shape[1],
             BETA=beta, box_offset=box_offset, **level_sizes([(o.shape[2], o.shape[3]) for o in objectness]),
             **{f"STRIDE{i}": step for i, step in enumerate(steps)}, LISTED=not strides, LEVELS=count,
@@ -332,7 +339,7 @@ def _cases() -> list[CompileCase]:
         cases.append(
             CompileCase(
                 f"forward-{label}", _forward_kernel, maps | counted | floats | scalars | sizes,
-                {**constants, **steps, "LISTED": listed, "BETA": 1.0 / 9}, options,
+                {**constants, **steps, "LISTED": listed, "NORMALISED": listed, "BETA": 1.0 / 9}, options,
             )
         )  # fmt: skip
         if not listed:
