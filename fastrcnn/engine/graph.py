@@ -28,10 +28,11 @@ class Recorder(Protocol):
         ...
 
     def record(self, function: Callable[[], T]) -> tuple[T, Replay]:
-        """Run ``function`` once; what it returns, and a function that does the same again.
+        """Take down what ``function`` does; what it returns, and a function that does it.
 
-        The tensors that it returned hold the results of the last replay. All recordings of a recorder may share
-        memory: what one left is gone once another ran.
+        The tensors that it returned hold the results of the last replay, and nothing before the first one: recording
+        changes no tensor that was there before. All recordings of a recorder share memory: what one left may be gone
+        once another ran, but for tensors that are still referred to.
 
         Raises:
             RuntimeError: the function does what cannot be recorded.
@@ -53,6 +54,7 @@ class CudaRecorder:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
+        self.made: set[int] = set()
 
     def run(self, function: Callable[[], T]) -> T:
         """On the stream that graphs are captured on, after all that was launched before."""
@@ -65,14 +67,13 @@ class CudaRecorder:
 
     def record(self, function: Callable[[], T]) -> tuple[T, Replay]:
         graph = torch.cuda.CUDAGraph()
-        kept = _KeepAlive()
+        kept = _KeepAlive(self.made)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with (
             torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
             kept,
         ):
             result = function()
-        graph.replay()  # capturing runs nothing
 
         def replay(kept: _KeepAlive = kept) -> None:
             graph.replay()
@@ -93,14 +94,17 @@ class CudaRecorder:
 
 
 class _KeepAlive(TorchDispatchMode):
-    """Holds on to the memory that operators read and that is not the graph's own.
+    """Holds on to the memory that operators read and that is not the pool's own.
 
     A graph knows addresses. A table that a module had cached and dropped would be read on, with another's data in it.
+
+    Args:
+        made: addresses in the pool of the graphs, which stay the pool's; extended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, made: set[int]) -> None:
         super().__init__()
-        self.made: set[int] = set()
+        self.made = made
         self.storages: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -126,8 +130,11 @@ class OperatorRecorder:
 
     def record(self, function: Callable[[], T]) -> tuple[T, Replay]:
         operators = _Operators()
-        with operators:
-            result = function()
+        try:
+            with operators:
+                result = function()
+        finally:
+            operators.undo()
         return result, operators.replay
 
     def fetch(self, number: Tensor) -> Callable[[], int]:
@@ -139,13 +146,23 @@ class _Operators(TorchDispatchMode):
         super().__init__()
         # operator, arguments, and of each result whether it is memory of its own
         self.calls: list[tuple[Any, Any, Any, list[Tensor], list[bool]]] = []
+        self.made: set[int] = set()
+        # what was there before, and a copy of it from before
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        for tensor in _tensors((args, kwargs)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.made and storage._cdata not in self.before:
+                # All of them, because some operators change what their schema does not name (batch_norm's statistics).
+                content = torch.empty(0, dtype=torch.uint8).set_(storage)
+                self.before[storage._cdata] = (content, content.clone())
         result = func(*args, **kwargs)
         known = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         results = _tensors(result)
         fresh = [tensor.untyped_storage()._cdata not in known for tensor in results]
+        self.made.update(t.untyped_storage()._cdata for t, own in zip(results, fresh, strict=True) if own)
         name = func._schema.name
         # Collectives write into their arguments without saying so.
         writes = func._schema.is_mutable or name.startswith("c10d::")
@@ -154,6 +171,12 @@ class _Operators(TorchDispatchMode):
         if not only_views and not name.startswith("aten::empty") and not name.startswith("aten::new_empty"):
             self.calls.append((func, args, kwargs, results, fresh))
         return result
+
+    def undo(self) -> None:
+        """Give all that was there before its former content."""
+        for content, copy in self.before.values():
+            content.copy_(copy)
+        self.before.clear()
 
     def replay(self) -> None:
         """Run all operators again, each result into the memory of the first one."""

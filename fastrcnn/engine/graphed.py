@@ -7,8 +7,9 @@ compiled and chosen, buffers are made), then one is recorded, and the rest are r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,13 +26,17 @@ Losses = Mapping[str, Tensor]
 class Program(Protocol):
     """A step, as a whole or in three parts.
 
-    In parts the host learns a number of the first one, which chooses the third. While it travels the device runs the
-    second part, so that it never waits.
+    In parts the host learns a number of the first one, which chooses a capacity for the third. While it travels the
+    device runs the second part, so that it never waits.
     """
 
     @property
     def in_parts(self) -> bool:
         """Whether to run it in parts."""
+        ...
+
+    def prepare(self) -> None:
+        """Give the device the numbers of this step; called before each way of running it."""
         ...
 
     def whole(self, inputs: Any) -> Losses:
@@ -50,22 +55,30 @@ class Program(Protocol):
         """The second part."""
         ...
 
-    def choose(self, state: Any, number: int) -> Hashable:
-        """The third part that ``number`` calls for."""
+    def capacities(self, state: Any) -> Sequence[int]:
+        """Those of the third part, increasing; :meth:`number` never exceeds the last."""
         ...
 
-    def finish(self, state: Any, choice: Hashable, *, again: bool) -> Losses:
-        """The third part; returns 0-dim losses. ``again``: it will run on this ``state`` again."""
+    def rehearse(self, state: Any, capacity: int) -> None:
+        """Run the kernels of the third part, and change nothing."""
+        ...
+
+    def finish(self, state: Any, capacity: int, *, again: bool) -> Losses:
+        """The third part; returns 0-dim losses. ``again``: it will be called on this ``state`` again."""
         ...
 
 
 @dataclass
-class Part:
-    """A part of a step, or one of the choices for its last part."""
+class Recording:
+    """What was recorded for a shape: one part, or the first two and all choices for the last.
 
-    steps: int = 0
-    result: Any = None
-    replay: Replay | None = None
+    The tensors of the step are not held, but for those that leave it: graphs of other shapes use their memory.
+    """
+
+    finish: dict[int, tuple[Losses, Replay]]
+    begin: Replay | None = None
+    middle: Replay | None = None
+    number: Tensor | None = None
 
 
 @dataclass
@@ -73,19 +86,18 @@ class Shape:
     """The batches of one key: where their tensors lie, and what was recorded for them."""
 
     inputs: StaticInputs
-    begin: Part = field(default_factory=Part)
-    middle: Part = field(default_factory=Part)
-    finish: dict[Hashable, Part] = field(default_factory=dict)
+    steps: int = 0
+    recording: Recording | None = None
 
 
 class GraphedStep:
-    """Runs a step on batches, recorded once for each of their shapes (and for each choice of the last part).
+    """Runs a step on batches, recorded once for each of their shapes.
 
     Args:
         program: the step, on inputs of the structure that :func:`fastrcnn.engine.static.flatten` makes.
         state: what the step depends on beside its inputs and the values of tensors: modes, addresses. Where it changes,
             what was recorded is dropped.
-        warm_up: steps of a shape, and of a choice, before it is recorded.
+        warm_up: steps of a shape before it is recorded.
         max_shapes: most shapes to record; the rest run as they are.
     """
 
@@ -108,9 +120,8 @@ class GraphedStep:
 
     @property
     def recorded(self) -> int:
-        """Number of last parts that are replayed: one a shape where there is nothing to choose."""
-        parts = (part for shape in self.shapes.values() for part in shape.finish.values())
-        return sum(part.replay is not None for part in parts)
+        """Number of shapes that are replayed."""
+        return sum(shape.recording is not None for shape in self.shapes.values())
 
     def __call__(self, inputs: Any) -> dict[str, Tensor]:
         """One step; the losses are the caller's to keep."""
@@ -125,44 +136,80 @@ class GraphedStep:
         if shape is None:
             if len(self.shapes) >= self.max_shapes:
                 self._say(f"More than {self.max_shapes} shapes of batches: the others are not recorded")
+                self.program.prepare()
                 return dict(self.program.whole(rebuild([t.to(self.device, non_blocking=True) for t in tensors])))
             shape = self.shapes[key] = Shape(StaticInputs(tensors, rebuild, self.device))
         shape.inputs.load(tensors)
-        return self._step(shape)
-
-    def _step(self, shape: Shape) -> dict[str, Tensor]:
-        program, value = self.program, shape.inputs.value
-        if not program.in_parts:
-            part = shape.finish.setdefault(None, Part())
-            return _own(self._part(part, lambda: program.whole(value)))
-        state = self._part(shape.begin, lambda: program.begin(value))
-        wait = self.recorder.fetch(program.number(state))
-        self._part(shape.middle, lambda: program.middle(state))
-        choice = program.choose(state, wait())
-        # The last part goes back through the first: it is recorded on what the replays of that one leave behind.
-        again = shape.begin.replay is not None
-        part = shape.finish.setdefault(choice, Part())
-        return _own(self._part(part, lambda: program.finish(state, choice, again=again), wanted=again))
-
-    def _part(self, part: Part, function: Callable[[], Any], *, wanted: bool = True) -> Any:
-        """Replay a part, or record it, or run it."""
-        if part.replay is not None:
-            part.replay()
-            return part.result
-        part.steps += 1
-        if wanted and part.steps > self.warm_up and self.broken is None:
+        shape.steps += 1
+        if shape.recording is not None:
+            return self._replay(shape.recording)
+        if shape.steps > self.warm_up and self.broken is None:
             try:
-                part.result, part.replay = self.recorder.record(function)
-                return part.result
+                return self._record(shape)
             except RuntimeError as error:
                 self.broken = (str(error).strip() or type(error).__name__).splitlines()[0]
                 logger.warning("The step cannot be recorded (%s): it runs operator by operator", self.broken)
-        return self.recorder.run(function)
+        return self._run(shape)
+
+    def _run(self, shape: Shape) -> dict[str, Tensor]:
+        """A step as it is, on the stream of the recorder."""
+        program, recorder, value = self.program, self.recorder, shape.inputs.value
+        program.prepare()
+        if not program.in_parts:
+            return dict(recorder.run(lambda: program.whole(value)))
+        state = recorder.run(lambda: program.begin(value))
+        wait = recorder.fetch(program.number(state))
+        recorder.run(lambda: program.middle(state))
+        capacities = program.capacities(state)
+        if shape.steps == self.warm_up:
+            for capacity in capacities:  # all are recorded next, whether a batch had them or not
+                recorder.run(partial(program.rehearse, state, capacity))
+        return dict(recorder.run(partial(program.finish, state, _choose(capacities, wait()), again=False)))
+
+    def _record(self, shape: Shape) -> dict[str, Tensor]:
+        """Record a shape and replay each part, which is the step of this batch."""
+        program, record, value = self.program, self.recorder.record, shape.inputs.value
+        program.prepare()
+        if not program.in_parts:
+            shape.recording = Recording({0: record(lambda: program.whole(value))})
+            return self._replay(shape.recording)
+        state, begin = record(lambda: program.begin(value))
+        begin()
+        number = program.number(state)
+        wait = self.recorder.fetch(number)
+        _, middle = record(lambda: program.middle(state))
+        middle()
+        capacities = program.capacities(state)
+        finish = {
+            capacity: record(partial(program.finish, state, capacity, again=capacity != capacities[-1]))
+            for capacity in capacities
+        }
+        shape.recording = Recording(finish, begin, middle, number)
+        return _last(shape.recording, wait)
+
+    def _replay(self, recording: Recording) -> dict[str, Tensor]:
+        self.program.prepare()
+        if recording.begin is None or recording.middle is None or recording.number is None:
+            return _last(recording, lambda: 0)
+        recording.begin()
+        wait = self.recorder.fetch(recording.number)
+        recording.middle()
+        return _last(recording, wait)
 
     def _say(self, message: str) -> None:
         if message not in self._said:
             self._said.add(message)
             logger.info(message)
+
+
+def _choose(capacities: Iterable[int], number: int) -> int:
+    return next(capacity for capacity in capacities if number <= capacity)
+
+
+def _last(recording: Recording, wait: Callable[[], int]) -> dict[str, Tensor]:
+    losses, replay = recording.finish[_choose(recording.finish, wait())]
+    replay()
+    return _own(losses)
 
 
 def _own(losses: Losses) -> dict[str, Tensor]:

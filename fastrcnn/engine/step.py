@@ -84,11 +84,13 @@ class TrainStep:
         self.seed = seed
         self.clip_gradients = clip_gradients
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+        self.step = 0
         self.processes = 1
         self.graph = graph
         self.mask_shares = tuple(mask_shares)
-        if self.mask_shares != tuple(sorted(set(self.mask_shares))) or self.mask_shares[-1:] != (1.0,):
-            raise ValueError(f"mask_shares must increase to 1.0, got {self.mask_shares}")
+        increasing = self.mask_shares == tuple(sorted(set(self.mask_shares)))
+        if not increasing or self.mask_shares[-1:] != (1.0,) or self.mask_shares[0] <= 0:
+            raise ValueError(f"mask_shares must increase from more than 0 to 1, got {self.mask_shares}")
         self.warm_up, self.max_shapes = warm_up, max_shapes
         self._recorder = recorder
         self._graphed: GraphedStep | None = None
@@ -111,19 +113,23 @@ class TrainStep:
         Returns:
             ``loss`` (the sum) and each loss by its name, 0-dim tensors on the device, not yet computed on CUDA.
         """
-        # What changes from step to step is on the device before the step reads it.
-        unwrap_model(self.model).set_sampling(self.seed, step)  # type: ignore[operator]
-        if isinstance(self.optimizer, FusedSGD):
-            self.optimizer.upload_settings()
+        self.step = step
         graphed = self._graphed_step()
         if graphed is not None:
             given = batch.targets
             targets = given if isinstance(given, Targets) else pad_targets(Targets.from_boxlists(given))
             losses = graphed(StepInputs(batch.images, targets))
         else:
+            self.prepare()
             losses = self.whole(self._to_device(batch))
         self.scheduler.step()
         return losses
+
+    def prepare(self) -> None:
+        """Give the device what changes from step to step: the place of the random choices, the learning rate."""
+        unwrap_model(self.model).set_sampling(self.seed, self.step)  # type: ignore[operator]
+        if isinstance(self.optimizer, FusedSGD):
+            self.optimizer.upload_settings()
 
     def whole(self, inputs: StepInputs) -> dict[str, Tensor]:
         """The step on the device: all of it that a graph holds."""
@@ -159,15 +165,24 @@ class TrainStep:
         with autocast(self.device, self.dtype):
             self.model.box_train(state)  # type: ignore[operator]
 
-    def choose(self, state: Any, number: int) -> int:
-        """The smallest capacity of the mask head that holds ``number`` positives."""
-        capacities = [math.ceil(share * state.most_positives) for share in self.mask_shares]
-        return next(capacity for capacity in capacities if number <= capacity)
+    def capacities(self, state: Any) -> list[int]:
+        """What the mask head may run on: shares of the most positives that the batch can have."""
+        return sorted({math.ceil(share * state.most_positives) for share in self.mask_shares})
 
-    def finish(self, state: Any, choice: Hashable, *, again: bool) -> dict[str, Tensor]:
-        """The last part: the mask head on ``choice`` slots, and the way back through all parts."""
+    def rehearse(self, state: Any, capacity: int) -> None:
+        """The last part without the update: its kernels are compiled and chosen, and nothing changes."""
+        before = [buffer.clone() for buffer in self.model.buffers()]
         with autocast(self.device, self.dtype):
-            losses: dict[str, Tensor] = self.model.finish_train(state, choice)  # type: ignore[operator]
+            losses: dict[str, Tensor] = self.model.finish_train(state, capacity)  # type: ignore[operator]
+        total = torch.stack([loss.float() for loss in losses.values()]).sum()
+        torch.autograd.grad(self.scaler.scale(total), self._parameters(), retain_graph=True, allow_unused=True)
+        for buffer, content in zip(self.model.buffers(), before, strict=True):
+            buffer.copy_(content)
+
+    def finish(self, state: Any, capacity: int, *, again: bool) -> dict[str, Tensor]:
+        """The last part: the mask head on ``capacity`` slots, and the way back through all parts."""
+        with autocast(self.device, self.dtype):
+            losses: dict[str, Tensor] = self.model.finish_train(state, capacity)  # type: ignore[operator]
         return self._learn(losses, again=again)
 
     def _learn(self, losses: dict[str, Tensor], *, again: bool = False) -> dict[str, Tensor]:

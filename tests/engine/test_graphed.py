@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -311,4 +312,50 @@ def test_the_mask_head_runs_on_the_smallest_capacity_that_fits() -> None:
         assert room == next(capacity for capacity in (8, 16, 24, 32) if capacity >= number)
     assert len(set(slots)) >= 3, "several capacities occurred"
     assert replayed._graphed is not None
-    assert replayed._graphed.recorded >= 2
+    (shape,) = replayed._graphed.shapes.values()
+    assert shape.recording is not None
+    assert list(shape.recording.finish) == [8, 16, 24, 32]
+
+
+class FailingLate(OperatorRecorder):
+    """Refuses the third recording: the first part of the step has run by then."""
+
+    def __init__(self) -> None:
+        self.recordings = 0
+
+    def record(self, function: Callable[[], Any]) -> Any:
+        self.recordings += 1
+        if self.recordings == 3:
+            raise RuntimeError("out of memory")
+        return super().record(function)
+
+
+def test_a_recording_that_fails_half_way_leaves_the_step_exact() -> None:
+    plain = detector_step(small_model(*STATIC), NEVER, mask_shares=SHARES)
+    failing = detector_step(small_model(*STATIC), 1, mask_shares=SHARES, recorder=FailingLate())
+    for step in range(4):
+        batch = detector_batch(step, keypoints=False)
+        expected, actual = plain(batch, step), failing(batch, step)
+        assert {k: v.item() for k, v in actual.items()} == {k: v.item() for k, v in expected.items()}, step
+    assert failing._graphed is not None
+    assert failing._graphed.broken == "out of memory"
+
+
+def test_recording_and_rehearsing_change_nothing() -> None:
+    step = detector_step(small_model(*STATIC), 1, mask_shares=SHARES)
+    step(detector_batch(0, keypoints=False), 0)
+    assert step._graphed is not None
+    (shape,) = step._graphed.shapes.values()
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    state = step.begin(shape.inputs.value)
+    step.middle(state)
+    for capacity in step.capacities(state):
+        step.rehearse(state, capacity)
+        OperatorRecorder().record(partial(step.finish, state, capacity, again=True))
+    assert_same(before, dict(step.model.state_dict()))
+
+
+@pytest.mark.parametrize("shares", [(), (0.5,), (0.5, 0.5, 1.0), (0.0, 1.0)])
+def test_shares_that_would_lose_positives(tmp_path: Path, shares: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="must increase from more than 0 to 1"):
+        make_rig(tmp_path, mask_shares=shares)
