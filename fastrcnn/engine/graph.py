@@ -27,12 +27,15 @@ class Recorder(Protocol):
         """Run ``function`` in the way that a later :meth:`record` needs, without recording it."""
         ...
 
-    def record(self, function: Callable[[], T]) -> tuple[T, Replay]:
+    def record(self, function: Callable[[], T], group: set[int]) -> tuple[T, Replay]:
         """Take down what ``function`` does; what it returns, and a function that does it.
 
         The tensors that it returned hold the results of the last replay, and nothing before the first one: recording
         changes no tensor that was there before. All recordings of a recorder share memory: what one left may be gone
         once another ran, but for tensors that are still referred to.
+
+        Args:
+            group: one set for recordings that run one after another and hand tensors on, empty before the first.
 
         Raises:
             RuntimeError: the function does what cannot be recorded.
@@ -54,7 +57,6 @@ class CudaRecorder:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
-        self.made: set[int] = set()
 
     def run(self, function: Callable[[], T]) -> T:
         """On the stream that graphs are captured on, after all that was launched before."""
@@ -65,9 +67,9 @@ class CudaRecorder:
         current.wait_stream(self.stream)
         return result
 
-    def record(self, function: Callable[[], T]) -> tuple[T, Replay]:
+    def record(self, function: Callable[[], T], group: set[int]) -> tuple[T, Replay]:
         graph = torch.cuda.CUDAGraph()
-        kept = _KeepAlive(self.made)
+        kept = _KeepAlive(group)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with (
             torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
@@ -94,12 +96,12 @@ class CudaRecorder:
 
 
 class _KeepAlive(TorchDispatchMode):
-    """Holds on to the memory that operators read and that is not the pool's own.
+    """Holds on to the memory that operators read and that was not made in their group of recordings.
 
     A graph knows addresses. A table that a module had cached and dropped would be read on, with another's data in it.
 
     Args:
-        made: addresses in the pool of the graphs, which stay the pool's; extended.
+        made: addresses of what the group made, extended; its tensors may go, and others of the pool take their place.
     """
 
     def __init__(self, made: set[int]) -> None:
@@ -128,7 +130,7 @@ class OperatorRecorder:
     def run(self, function: Callable[[], T]) -> T:
         return function()
 
-    def record(self, function: Callable[[], T]) -> tuple[T, Replay]:
+    def record(self, function: Callable[[], T], group: set[int]) -> tuple[T, Replay]:
         operators = _Operators()
         try:
             with operators:

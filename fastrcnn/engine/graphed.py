@@ -168,7 +168,8 @@ class GraphedStep:
 
     def _record(self, shape: Shape) -> dict[str, Tensor]:
         """Record a shape and replay each part, which is the step of this batch."""
-        program, record, value = self.program, self.recorder.record, shape.inputs.value
+        program, value = self.program, shape.inputs.value
+        record = partial(self.recorder.record, group=set())
         program.prepare()
         if not program.in_parts:
             shape.recording = Recording({0: record(lambda: program.whole(value))})

@@ -171,13 +171,16 @@ class TrainStep:
 
     def rehearse(self, state: Any, capacity: int) -> None:
         """The last part without the update: its kernels are compiled and chosen, and nothing changes."""
-        before = [buffer.clone() for buffer in self.model.buffers()]
+        buffers = tuple(self.model.buffers())
+        before = [buffer.clone() for buffer in buffers]
         with autocast(self.device, self.dtype):
             losses: dict[str, Tensor] = self.model.finish_train(state, capacity)  # type: ignore[operator]
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
         torch.autograd.grad(self.scaler.scale(total), self._parameters(), retain_graph=True, allow_unused=True)
-        for buffer, content in zip(self.model.buffers(), before, strict=True):
-            buffer.copy_(content)
+        # What modules derived from their buffers stays valid: nothing has changed.
+        with torch.autograd._unsafe_preserve_version_counter(buffers):
+            for buffer, content in zip(buffers, before, strict=True):
+                buffer.copy_(content)
 
     def finish(self, state: Any, capacity: int, *, again: bool) -> dict[str, Tensor]:
         """The last part: the mask head on ``capacity`` slots, and the way back through all parts."""

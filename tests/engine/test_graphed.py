@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastrcnn.engine.graph import OperatorRecorder
+from fastrcnn.engine.graph import OperatorRecorder, _KeepAlive
 from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
 from fastrcnn.engine.step import TrainStep
 from fastrcnn.structures import BoxList, ImageList, Targets
@@ -107,6 +107,21 @@ def test_image_sizes_of_the_host_are_out_of_reach(tmp_path: Path) -> None:
         rig.step(make_batch(0), 0)
 
 
+def test_what_a_graph_reads_stays_alive() -> None:
+    """The part of CudaRecorder that runs without CUDA: it holds what was there before, and what others cached."""
+    group: set[int] = set()
+    table, cached = torch.ones(3), torch.ones(5)
+    with _KeepAlive(group) as first:
+        made = table * 2
+    with _KeepAlive(group) as second:
+        _ = made + cached[:3].exp()
+    assert list(first.storages) == [table.data_ptr()]
+    assert list(second.storages) == [cached.data_ptr()], "what the group made is not held"
+    with _KeepAlive(set()) as other:
+        _ = made + 1
+    assert list(other.storages) == [made.data_ptr()]
+
+
 # --- when it is recorded ---------------------------------------------------------------------------------------------
 
 
@@ -185,7 +200,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(tmp_path: Path, caplog: pytest.Lo
 
 
 class Refusing(OperatorRecorder):
-    def record(self, function: Callable[[], Any]) -> Any:
+    def record(self, function: Callable[[], Any], group: set[int]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
@@ -341,11 +356,11 @@ class FailingLate(OperatorRecorder):
     def __init__(self) -> None:
         self.recordings = 0
 
-    def record(self, function: Callable[[], Any]) -> Any:
+    def record(self, function: Callable[[], Any], group: set[int]) -> Any:
         self.recordings += 1
         if self.recordings == 3:
             raise RuntimeError("out of memory")
-        return super().record(function)
+        return super().record(function, group)
 
 
 def test_a_recording_that_fails_half_way_leaves_the_step_exact() -> None:
@@ -369,7 +384,7 @@ def test_recording_and_rehearsing_change_nothing() -> None:
     step.middle(state)
     for capacity in step.capacities(state):
         step.rehearse(state, capacity)
-        OperatorRecorder().record(partial(step.finish, state, capacity, again=True))
+        OperatorRecorder().record(partial(step.finish, state, capacity, again=True), set())
     assert_same(before, dict(step.model.state_dict()))
 
 
