@@ -20,8 +20,8 @@ BREAKAGES = [
              "strip(pass, rows, line * width, width, 0);", TESTS + "test_larger_than_a_strip -k cpp"),
     Breakage(TRITON, "return tl.where(v < 0.0, 0.0, v)", "return tl.where(v > 0.0, v, 0.0)",
              TESTS + "test_nan_and_infinity -k triton"),
-    Breakage(TRITON, "other=0.0).to(scale.dtype) > 0.0, grad, 0.0)", "other=0.0).to(scale.dtype) >= 0.0, grad, 0.0)",
+    Breakage(TRITON, "other=0.0).to(dtype) > 0.0, grad, 0.0)", "other=0.0).to(dtype) >= 0.0, grad, 0.0)",
              HAND + " -k triton"),
-    Breakage(TRITON, "tl.store(grad_x_ptr + at, (grad * scale)", "tl.store(grad_x_ptr + at, (grad + scale)",
+    Breakage(TRITON, "grad *= tl.load(scale_ptr + channel", "grad += tl.load(scale_ptr + channel",
              HAND + " -k triton"),
 ]  # fmt: skip

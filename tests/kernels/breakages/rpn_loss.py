@@ -18,7 +18,7 @@ BREAKAGES = [
              "positive = (slot <= num_positive[:, None]) & sampled", ORACLE + "[reference-cpu-mixed]"),
     Breakage(HEAD_REFERENCE, "inside = here[..., None] & (y >= 0)", "inside = here[..., None]",
              SPARSE + "[reference-cpu-corners-nchw]"),
-    Breakage(HEAD_REFERENCE, "grad_hidden = torch.where(hidden > 0, grad_outputs @ predictors, 0)",
+    Breakage(HEAD_REFERENCE, "grad_hidden = torch.ops.aten.threshold_backward(grad_outputs @ predictors, hidden, 0)",
              "grad_hidden = grad_outputs @ predictors", SPARSE + "[reference-cpu-mixed-nchw]"),
     Breakage(CPP, "const bool positive = b < num_positive[n];", "const bool positive = b < num_positive[0];",
              ORACLE + "[cpp-cpu-mixed]"),
