@@ -9,6 +9,12 @@ Example::
     found = model(images)  # in evaluation: list[BoxList] with scores, labels, masks
 """
 
+import os
+
+# On a CPU torch takes the memory of each large tensor anew from the system, page by page: for feature maps, which live
+# for milliseconds, that took as long as the convolutions. Torch reads this when it makes its first tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # pages of 2 MiB
+
 from fastrcnn.build import build_model
 from fastrcnn.config import ConfigError, load_config
 from fastrcnn.structures import BoxList, ImageList, SegmentationMask, to_image_list
