@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
+from fastrcnn.engine.step import TrainStep
 from fastrcnn.models.detector import GeneralizedRCNN
 from fastrcnn.structures import BoxList, ImageList
 from tests.models.inputs import random_batch, small_keypoint_rcnn, small_model, with_keypoints
@@ -140,3 +143,26 @@ def test_a_difference_is_found() -> None:
     wrong[name] = found[name] * (1 + 1e-6)
     with pytest.raises(AssertionError, match=r"mask_fcn_logits\.weight: differs"):
         assert_equal(wrong, found)
+
+
+def weights_after(fused: bool, counts: tuple[int, int], steps: int = 3) -> dict[str, Tensor]:
+    """The weights after some steps of training in float32, over the end of the warm-up."""
+    model = small_model(*COMMON)
+    optimizer = make_optimizer(model, base_lr=1e-5, momentum=0.9, weight_decay=1e-4, fused=fused)
+    schedule = WarmupMultiStepLR(optimizer, milestones=[10], warmup_iters=2)
+    run = TrainStep(model, optimizer, schedule, device=torch.device("cpu"), seed=1)
+    images, targets = random_batch(counts, [(128, 96), (96, 128)], seed=3)
+    for number in range(steps):
+        run(SimpleNamespace(images=images, targets=targets), number)
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (1, 0), (12, 3)])
+def test_the_fused_optimizer_gives_the_same_weights(counts: tuple[int, int]) -> None:
+    """SGD over one buffer against PyTorch's, also where a head has no gradient; in float32, the type of the buffer."""
+    start = {name: p for name, p in small_model(*COMMON).named_parameters() if p.requires_grad}
+    on, off = weights_after(True, counts), weights_after(False, counts)
+    assert on.keys() == off.keys() == start.keys()
+    for name, wanted in off.items():
+        assert (on[name] - wanted).abs().max() <= 1e-6 * wanted.abs().max(), name
+    assert any((wanted - start[name]).abs().max() > 1e-4 * wanted.abs().max() for name, wanted in off.items())
