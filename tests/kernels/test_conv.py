@@ -144,15 +144,14 @@ def test_the_winograd_cases_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_several_runs_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More tiles than fit in one run, the last run shorter."""
-    monkeypatch.setattr(winograd, "_RUN_BYTES", 20 * 36 * 72 * 8)
-    case = CASES[0]
+    """More tiles than fit in one run, also of the weights' gradient."""
+    monkeypatch.setattr(winograd, "_RUN_BYTES", 20 * 36 * 73 * 8)
+    case = ((2, 33, 32, 29), 40, 3, 1, 1, 1, 1)
     tensors = inputs(case, torch.float64, True, "cpu")
-    assert winograd._runs(tensors[0], 73)[0] % winograd._runs(tensors[0], 73)[1]
+    assert winograd._runs(tensors[0], 73) == (128, 20)  # the last run is shorter; 80 at a time for the gradient
     with set_backend("cpp"):
-        for a, b in zip(
-            ours(case, tensors, FOLLOWED[2]), plain(case, tensors, FOLLOWED[2], torch.float64), strict=True
-        ):
+        truth = plain(case, tensors, FOLLOWED[2], torch.float64)
+        for a, b in zip(ours(case, tensors, FOLLOWED[2]), truth, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
