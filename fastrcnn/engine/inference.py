@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrcnn.engine.distributed import World
+from fastrcnn.engine.in_order import InOrder
 from fastrcnn.engine.judge import Judge, Prediction
 from fastrcnn.engine.outputs import write_json
 from fastrcnn.engine.signals import StopSignals, iterate
@@ -22,6 +24,9 @@ from fastrcnn.evaluation import Results, masks_to_rle
 from fastrcnn.structures import BoxList, ImageList, Views
 
 logger = logging.getLogger("fastrcnn.inference")
+
+# Threads that paste and encode masks: one takes 2 to 4 ms an image of 100 detections.
+FINISHERS = 2
 
 
 class DetectionBatch(Protocol):
@@ -50,7 +55,8 @@ def predict(
     """Run ``model`` in evaluation mode over ``batches``.
 
     Boxes are scaled plainly to the original image (maskrcnn-benchmark: ``prediction.resize``), masks are pasted there
-    by the rule ``mask_paste`` of :func:`fastrcnn_kernels.paste_masks`.
+    by the rule ``mask_paste`` of :func:`fastrcnn_kernels.paste_masks`. Where the model is on a CUDA device that happens
+    in other threads, while it works on the next images.
 
     Returns:
         The predictions in the order of the batches, and the seconds spent in the model.
@@ -59,21 +65,21 @@ def predict(
         Stopped: if ``stop`` was signalled.
     """
     model.eval()
-    predictions: list[Prediction] = []
     seconds = 0.0
-    for batch in iterate(batches):
-        if stop is not None:
-            stop.check("while evaluating")
-        started = time.perf_counter()
-        with autocast(device, dtype):
-            detections: list[BoxList] = model(batch.images.to(device, non_blocking=True))
-        found_on_host = [found.to("cpu") for found in detections]
-        seconds += time.perf_counter() - started
-        for found, image_id, index, size in zip(
-            found_on_host, batch.image_ids, batch.indices, batch.original_sizes, strict=True
-        ):
-            predictions.append(in_original_image(found, image_id, index, size, mask_paste))
-    return predictions, seconds
+    with InOrder[Prediction](FINISHERS if device.type == "cuda" else 0) as finished:
+        for batch in iterate(batches):
+            if stop is not None:
+                stop.check("while evaluating")
+            started = time.perf_counter()
+            with autocast(device, dtype):
+                detections: list[BoxList] = model(batch.images.to(device, non_blocking=True))
+            found_on_host = [found.to("cpu") for found in detections]
+            seconds += time.perf_counter() - started
+            for found, image_id, index, size in zip(
+                found_on_host, batch.image_ids, batch.indices, batch.original_sizes, strict=True
+            ):
+                finished.call(partial(in_original_image, found, image_id, index, size, mask_paste))
+        return finished.results(), seconds
 
 
 def in_original_image(

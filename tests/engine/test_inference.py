@@ -15,6 +15,8 @@ from fastrcnn.data.coco import CocoDataset
 from fastrcnn.data.collate import Normalization
 from fastrcnn.data.loader import make_test_loader
 from fastrcnn.data.transforms import TestTransform
+from fastrcnn.engine import inference
+from fastrcnn.engine.in_order import InOrder
 from fastrcnn.engine.inference import (
     as_metrics,
     evaluate_dataset,
@@ -125,6 +127,24 @@ def test_no_detections(dataset: CocoDataset, tmp_path: Path) -> None:
     results = run(dataset, tmp_path, model=Blind())
     assert results.stats["bbox"]["AP"] == 0.0
     assert json.loads((tmp_path / "segm.json").read_text()) == []
+
+
+def test_masks_pasted_in_other_threads_are_the_same(dataset: CocoDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CUDA device they are; here the threads are asked for."""
+    plain, _ = predict(Oracle(dataset), loader(dataset), device=CPU.device)
+    used = []
+
+    class Threaded(InOrder[Any]):
+        def __init__(self, threads: int) -> None:
+            used.append(threads)
+            super().__init__(2, ahead=1)
+
+    monkeypatch.setattr(inference, "InOrder", Threaded)
+    beside, _ = predict(Oracle(dataset), loader(dataset), device=CPU.device)
+    assert used == [0]
+    assert [(p.index, p.image_id, p.masks) for p in beside] == [(p.index, p.image_id, p.masks) for p in plain]
+    for mine, theirs in zip(beside, plain, strict=True):
+        assert torch.equal(mine.found.boxes, theirs.found.boxes)
 
 
 def test_a_signal_ends_the_evaluation(dataset: CocoDataset) -> None:
