@@ -201,7 +201,7 @@ class Sizes:
 def padding(batch_size: int, count: int = 20_000) -> dict[str, Any]:
     """Mean padded area of an image, relative to its own, and how many sizes of batches there are."""
     dataset, buckets = Sizes(count), ShapeBuckets.of([800], 1333, 32)
-    resized = [get_size(*size, 800, 1333) for size in dataset.sizes]
+    resized = [get_size(height, width, 800, 1333) for height, width in dataset.sizes]
     own = sum(h * w for h, w in resized) / count
     by_aspect, by_bucket = aspect_ratio_groups(dataset), buckets.groups(dataset, [800], 1333)
     largest = ShapeBuckets((), 32)

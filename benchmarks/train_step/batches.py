@@ -115,7 +115,7 @@ def real_batches(cfg: Config, count: int) -> list[StepBatch]:
     dataset = build_dataset(cfg, cfg.DATASETS.TRAIN, is_train=True)
     if cfg.MODEL.MASK_ON and not dataset.has_masks:
         raise ValueError(f"{', '.join(cfg.DATASETS.TRAIN)} has no masks: pass MODEL.MASK_ON False")
-    loader = build_train_loader(cfg, dataset)
+    loader = build_train_loader(cfg, dataset, on_device=False)
     return [StepBatch(batch.images, list(batch.targets)) for batch in itertools.islice(loader, count)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from benchmarks.train_step.measure import Counter
 from benchmarks.train_step.sides import DTYPES, LEARNING_RATE, capture, each_once
 from fastrcnn.build import build_dataset, build_model, build_train_loader, step_switches
 from fastrcnn.config import Config
+from fastrcnn.data import Prefetcher
 from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
 from fastrcnn.engine.step import TrainStep, autocast
 
@@ -168,14 +169,16 @@ class Loading:
         self.mode, self.dtype, self.batches = side.mode, side.dtype, side.batches
         self.model, self.optimizer, self.positives = side.model, side.optimizer, side.positives
         self.why_not_recorded, self.flops = side.why_not_recorded, side.flops
-        cfg = side.cfg
-        self._dataset = build_dataset(cfg, cfg.DATASETS.TRAIN, is_train=True)
-        self._batches = iter(build_train_loader(cfg, self._dataset))
+        self._dataset = build_dataset(side.cfg, side.cfg.DATASETS.TRAIN, is_train=True)
+        self._batches = self._loader()
+
+    def _loader(self) -> Iterator[Any]:
+        return iter(Prefetcher(build_train_loader(self.side.cfg, self._dataset), self.side.device))
 
     def step(self, number: int) -> dict[str, Tensor]:
         try:
             batch = next(self._batches)
         except StopIteration:  # SOLVER.MAX_ITER steps are over
-            self._batches = iter(build_train_loader(self.side.cfg, self._dataset))
+            self._batches = self._loader()
             batch = next(self._batches)
         return self.side.train_step(batch, number)

@@ -63,12 +63,18 @@ def shape_buckets(cfg: Config) -> ShapeBuckets | None:
 
 
 def build_train_loader(
-    cfg: Config, dataset: DetectionDataset, start_step: int = 0, rank: int = 0, world_size: int = 1
+    cfg: Config,
+    dataset: DetectionDataset,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    on_device: bool | None = None,
 ) -> Loader[Any]:
     """The batches of the steps ``start_step`` to ``SOLVER.MAX_ITER - 1``, this rank's share of each.
 
-    :class:`fastrcnn.data.ArenaBatch` where the device preprocesses (``DATALOADER.DEVICE_PREPROCESSING``), else
-    :class:`fastrcnn.data.Batch`.
+    :class:`fastrcnn.data.ArenaBatch` where the device preprocesses (``on_device``, by default
+    ``DATALOADER.DEVICE_PREPROCESSING``), else :class:`fastrcnn.data.Batch`.
     """
     image, convention, device = cfg.INPUT, CONVENTIONS[cfg.MODEL.CONVENTION], torch.device(cfg.MODEL.DEVICE)
     return make_train_loader(
@@ -95,7 +101,7 @@ def build_train_loader(
         aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=device.type == "cuda",
-        on_device=device_preprocessing(cfg, device),
+        on_device=device_preprocessing(cfg, device) if on_device is None else on_device,
         pad_targets=pad_targets if step_switches(cfg, device)[0] else None,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -28,6 +28,8 @@ from fastrcnn.engine.judge import judge_for
 from fastrcnn.engine.signals import Stopped, StopSignals
 from fastrcnn.structures import BoxList, ImageList
 from tests.engine.standin import CPU
+
+T = TypeVar("T")
 
 
 class Oracle(nn.Module):
@@ -134,7 +136,7 @@ def test_masks_pasted_in_other_threads_are_the_same(dataset: CocoDataset, monkey
     plain, _ = predict(Oracle(dataset), loader(dataset), device=CPU.device)
     used = []
 
-    class Threaded(InOrder[Any]):
+    class Threaded(InOrder[T]):
         def __init__(self, threads: int) -> None:
             used.append(threads)
             super().__init__(2, ahead=1)
