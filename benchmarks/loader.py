@@ -4,8 +4,9 @@
 
 JPEG files of 640 x 480, generated (and, from ``--photographs``, by default those of ``$FASTRCNN_TEST_DATA``, real
 ones of that size), go to the network's 800 x 1066 in one thread. The ways take turns within a round; the median round
-counts. The pixels of the ways that are said to be equal are compared first. Where the device preprocesses, a worker
-decodes and nothing else; what the step then does on a CPU is a line of its own.
+counts, in processor time of the thread, so that other load on the machine counts little. The pixels of the ways that
+are said to be equal are compared first. Where the device preprocesses, a worker decodes and nothing else; what the
+step then does on a CPU is a line of its own.
 
 The second table has the mean area that batches are padded to, relative to their images, over an epoch of COCO-like
 image sizes.
@@ -170,15 +171,15 @@ def check_equal(paths: Sequence[Path]) -> None:
 
 
 def measure(paths: Sequence[Path], rounds: int) -> dict[str, float]:
-    """Milliseconds an image of each way, the median of ``rounds``."""
+    """Milliseconds of the processor an image of each way, the median of ``rounds``."""
     times: dict[str, list[float]] = {}
     for number in range(rounds + 1):
         for name, way in ways().items():
-            started = time.perf_counter()
+            started = time.thread_time()
             for path in paths:
                 way(path)
             if number:  # the first round warms up
-                times.setdefault(name, []).append((time.perf_counter() - started) / len(paths) * 1e3)
+                times.setdefault(name, []).append((time.thread_time() - started) / len(paths) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
