@@ -60,6 +60,7 @@ def strategy(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
 # Keys bound to each other by config_checks: free values of these would nearly always be refused. The 66 files of the
 # peers, which are round-tripped above, vary them together.
 COUPLED: tuple[str, ...] = (
+    "DATALOADER.SHAPE_BUCKETS",
     "CONV_BODY",
     "TRANS_FUNC",
     "USE_FPN",
