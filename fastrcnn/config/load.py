@@ -116,7 +116,8 @@ def _coerce(setting: Setting, annotation: Any) -> object:
         lists = [choice for choice in typing.get_args(annotation) if typing.get_origin(choice) is tuple]
         if lists and (text is None or text[:1] in ("(", "[")):
             return _coerce(setting, lists[0])
-        return _BOOLS.get(text.lower(), text) if text is not None else value
+        word = text.strip("'\"") if text is not None else ""  # as in 'auto', which YAML and Python would read
+        return _BOOLS.get(word.lower(), word) if text is not None else value
     if origin is tuple:
         if isinstance(value, str):
             value = _literal(value, from_command_line)
