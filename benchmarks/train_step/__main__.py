@@ -151,7 +151,8 @@ def run(options: Options, output: Path, budget: float = float("inf")) -> dict[st
     """Measure everything; the files hold what there is after each row."""
     result: dict[str, Any] = {
         "machine_info": describe(),
-        "arguments": {name: str(value) for name, value in vars(options).items()},
+        # a configuration of ours by its place in the repository, whatever machine it ran on
+        "arguments": {name: str(value).removeprefix(f"{ROOT}/") for name, value in vars(options).items()},
         "train": [],
         "ablation": [],
         "inference": [],
