@@ -34,7 +34,7 @@ from fastrcnn.engine.outputs import (
     write_json,
     write_text,
 )
-from fastrcnn.engine.reproducibility import seed_everything, use_deterministic_algorithms
+from fastrcnn.engine.reproducibility import seed_everything, time_convolutions, use_deterministic_algorithms
 from fastrcnn.engine.signals import StopSignals, iterate
 from fastrcnn.engine.solver import WarmupMultiStepLR, make_optimizer
 from fastrcnn.engine.step import TrainStep
@@ -160,6 +160,8 @@ def build_run(cfg: Config, world: World, args: argparse.Namespace, catalog: Cata
     seed_everything(cfg.SOLVER.SEED)
     model = build.build_model(cfg)
     graph, fused = build.step_switches(cfg, world.device)
+    if graph:
+        time_convolutions()
     optimizer = make_optimizer(
         model,
         base_lr=cfg.SOLVER.BASE_LR,

@@ -30,3 +30,11 @@ def use_deterministic_algorithms() -> None:
     torch.backends.cudnn.benchmark = False
     # Filling fresh memory would hide reads of it at a price in speed; the operators' own tests poison it instead.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def time_convolutions() -> None:
+    """Let cuDNN choose the algorithm of each convolution by timing them, once a shape: worth it where shapes recur.
+
+    Not under :func:`use_deterministic_algorithms`, because the choice may differ from run to run.
+    """
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
