@@ -57,7 +57,9 @@ class Part:
 def run_limited(command: Sequence[str], limit: float, log: Path, **environment: str) -> int:
     """The exit code of ``command``, whose output goes to ``log``; 124 where it was stopped after ``limit`` seconds."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    variables = {**os.environ, "TRITON_INTERPRET": "0", **environment}
+    # Not what a pytest around it has set: pytest-benchmark times nothing in a worker of xdist.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    variables = {**inherited, "TRITON_INTERPRET": "0", **environment}
     variables["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     with log.open("w") as output:
         process = subprocess.Popen(

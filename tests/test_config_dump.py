@@ -73,7 +73,7 @@ COUPLED: tuple[str, ...] = (
 )
 COUPLED += ("IOU_THRESHOLD", "SIZE", "STEPS", "RESOLUTION", "GROUP_NORM", "RESNETS.NUM_GROUPS")
 # Reading a file or words gives other keys the defaults of the convention, which validating values alone does not.
-COUPLED += ("MODEL.CONVENTION",)
+COUPLED += ("MODEL.CONVENTION", "MASK_SHARES")
 FREE = {name: field for name, field in leaves().items() if not any(part in name for part in COUPLED)}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastrcnn_kernels import _library, norm, winograd
 
 _aten = torch.ops.aten
+_FEWEST_CHANNELS = 4  # of the input, below which the weights' gradient by taps does not pay
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -208,8 +209,12 @@ def _backward_cpp(
     if wanted[1]:
         if quarter:
             grad_weight = winograd.weight_gradient(through, x)
-        else:
+        elif x.shape[1] >= _FEWEST_CHANNELS:
             grad_weight = _weight_gradient_by_taps(through, x, weight, stride, padding, dilation)
+        else:  # images: products too thin
+            grad_weight = _aten.convolution_backward(
+                through, x, weight, None, stride, padding, dilation, False, [0, 0], 1, [False, True, False]
+            )[1]
         grad_weight = _scaled(grad_weight, scale).contiguous(memory_format=_layout(weight))
     grad_bias = _rows(through).sum(0) if wanted[2] else grad.new_empty(0)
     residual = (through.clone() if out is None else through) if wanted[3] else grad.new_empty(0)
