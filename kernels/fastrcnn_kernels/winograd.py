@@ -6,7 +6,8 @@ gradient of the weights is G' [sum over tiles of (A g A') * (B' x B)] G, and tha
 flipped weights. Tiles are taken in runs, which bounds the memory.
 
 float32 results differ from the sum's by a few 1e-6 of its largest (tests/kernels/test_conv.py); float64 is as exact as
-any order of summation.
+any order of summation. A pixel that is not finite spoils whole tiles of 4x4 outputs, where the sum confines it to the
+filter's reach.
 """
 
 from __future__ import annotations

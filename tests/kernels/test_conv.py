@@ -112,7 +112,8 @@ def test_float32(place: Place, index: int) -> None:
             assert agree.double().mean() > 0.999
             results[1:], truth[1:] = [], []
         for result, exact in zip(results, truth, strict=True):
-            assert (result.double() - exact).abs().max() <= 2e-5 * exact.abs().max()
+            limit = 2e-5 if place.backend == "cpp" and index < 2 and last else 2e-6
+            assert (result.double() - exact).abs().max() <= limit * exact.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
